@@ -1,0 +1,27 @@
+"""Settings for every test: eight CPU devices, strict promotion, warnings as errors (pyproject)."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import chex
+import jax
+import pytest
+
+chex.set_n_cpu_devices(8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """Folder of the real images, weights and reference results."""
+    folder = os.environ.get("TOPK_JAX_SHARED")
+    if not folder:
+        pytest.skip("TOPK_JAX_SHARED is not set: the real images and weights are not here")
+    path = pathlib.Path(folder).resolve()
+    if not path.is_dir():
+        pytest.fail(f"TOPK_JAX_SHARED={folder} is not a folder")
+    return path

@@ -1,0 +1,84 @@
+"""Convolutional networks with Top-K sites, parameters named as torchvision names them.
+
+Data contract: `logits, features = network.apply(variables, images, train=False)` with float32 NHWC
+images normalised as the weights' catalogue entry says. `features` maps public names to what the
+next layer sees; `network.feature_names` gives their order of computation. Joining the path of a
+module in the variables with "." gives torchvision's name of it.
+"""
+
+import difflib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from topk_jax.networks import resnet, vgg
+from topk_jax.networks.alexnet import AlexNet
+from topk_jax.networks.resnet import ResNet
+from topk_jax.networks.sites import TopKSites, resolve_sites
+from topk_jax.networks.squeezenet import SqueezeNet
+from topk_jax.networks.vgg import VGG
+
+Network = AlexNet | ResNet | SqueezeNet | VGG
+
+_NETWORKS: dict[str, Callable[..., Network]] = {
+    "alexnet": AlexNet,
+    **{name: functools.partial(VGG, stages) for name, stages in vgg.STAGES.items()},
+    **{
+        f"{name}_bn": functools.partial(VGG, stages, batch_norm=True)
+        for name, stages in vgg.STAGES.items()
+    },
+    **{
+        name: functools.partial(ResNet, blocks, bottleneck)
+        for name, (blocks, bottleneck) in resnet.STAGES.items()
+    },
+    "squeezenet1_0": functools.partial(SqueezeNet, "1_0"),
+    "squeezenet1_1": functools.partial(SqueezeNet, "1_1"),
+}
+
+
+def list_networks() -> tuple[str, ...]:
+    """Names that `create_network` knows."""
+    return tuple(_NETWORKS)
+
+
+def create_network(name: str, *, topk: TopKSites = None, **options: Any) -> Network:
+    """Network by torchvision's name (or "builtin", the small one whose weights come along).
+
+    Args:
+        name: One of `list_networks()`.
+        topk: None, a kept fraction in (0, 1] for the published sites, or a mapping from feature name
+            to a fraction or a `TopK`.
+        **options: Further fields of the network's class, such as `num_classes` or, for VGG, `pool`.
+
+    Raises:
+        ValueError: Unknown name (the nearest are listed) or site, or a fraction outside (0, 1].
+        TypeError: An option that the network's class does not have.
+    """
+    if name not in _NETWORKS:
+        near = difflib.get_close_matches(name, _NETWORKS, n=3, cutoff=0.4) or list_networks()
+        raise ValueError(f"unknown network {name!r}: did you mean {', '.join(near)}?")
+    network = _NETWORKS[name](topk=topk, **options)
+    resolve_sites(network.topk, network.published_sites, network.feature_names)
+    return network
+
+
+def variable_shapes(network: Network, *, image_size: int = 224) -> dict[str, Any]:
+    """Shapes and dtypes of the network's variables, without computing or allocating them."""
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    init = functools.partial(network.init, train=False)
+    return jax.eval_shape(init, jax.random.key(0), images)
+
+
+__all__ = [
+    "AlexNet",
+    "Network",
+    "ResNet",
+    "SqueezeNet",
+    "VGG",
+    "create_network",
+    "list_networks",
+    "variable_shapes",
+]
