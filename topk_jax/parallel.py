@@ -1,0 +1,97 @@
+"""Work spread over devices by pmap: replicated state, batches cut along a leading device axis.
+
+Data contract: a batch is a pytree of arrays with one leading batch axis, of equal length in every
+leaf. What is padded to fill the devices is masked by the caller or cut off again here.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "devices"
+
+
+def replicate(tree: Any, devices: list[jax.Device] | None = None) -> Any:
+    """Puts one copy of every leaf on each device; for `pmap` arguments with `in_axes=None`."""
+    devices = devices or jax.local_devices()
+    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))
+
+
+def pad_batch(batch: Any, size: int) -> Any:
+    """Repeats the last row of every leaf until the batch has `size` rows.
+
+    Repeated rows, not zeros: they are real inputs, so that nothing can overflow on them.
+
+    Raises:
+        ValueError: The batch is empty or longer than `size`.
+    """
+
+    def pad(leaf: np.ndarray) -> np.ndarray:
+        if not 0 < len(leaf) <= size:
+            raise ValueError(f"a batch of {len(leaf)} rows cannot be padded to {size}")
+        return np.concatenate([leaf, np.repeat(leaf[-1:], size - len(leaf), axis=0)])
+
+    return jax.tree.map(pad, batch)
+
+
+def shard(batch: Any, devices: int) -> Any:
+    """Cuts the leading axis [n, ...] into [devices, n / devices, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(devices, -1, *leaf.shape[1:]), batch)
+
+
+def batch_per_call(batch_size: int, devices: int) -> int:
+    """Smallest multiple of `devices` that is at least `batch_size`."""
+    return -(-batch_size // devices) * devices
+
+
+def map_batches(
+    function: Callable[[Any, Any], Any],
+    state: Any,
+    batches: Iterable[Any],
+    *,
+    batch_size: int,
+    devices: list[jax.Device] | None = None,
+    ahead: int = 2,
+) -> Iterator[Any]:
+    """Applies `function(state, batch)` to each batch, spread over all devices.
+
+    One program is compiled: a short batch is padded and its padding cut from the result. Results
+    are fetched `ahead` calls after they were started, so that host work (decoding) overlaps.
+
+    Args:
+        function: Per-replica function whose results have the batch axis leading in every leaf.
+        state: Pytree replicated over the devices (variables of a network).
+        batches: Pytrees of NumPy arrays with at most `batch_size` rows.
+        batch_size: Rows a call, rounded up to a multiple of the number of devices.
+        devices: Devices to use; all local ones by default.
+        ahead: Calls in flight.
+
+    Yields:
+        NumPy results, one a batch, in order.
+    """
+    devices = devices or jax.local_devices()
+    size = batch_per_call(batch_size, len(devices))
+    mapped = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=devices)
+    state = replicate(state, devices)
+    in_flight: collections.deque[tuple[int, Any]] = collections.deque()
+
+    def fetch() -> Any:
+        rows, result = in_flight.popleft()
+
+        def join(leaf: Any) -> np.ndarray:
+            array = np.asarray(leaf)
+            return array.reshape(-1, *array.shape[2:])[:rows]
+
+        return jax.tree.map(join, result)
+
+    for batch in batches:
+        rows = len(jax.tree.leaves(batch)[0])
+        in_flight.append((rows, mapped(state, shard(pad_batch(batch, size), len(devices)))))
+        if len(in_flight) > ahead:
+            yield fetch()
+    while in_flight:
+        yield fetch()
