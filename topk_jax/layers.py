@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
@@ -43,7 +44,8 @@ def avg_pool(x: Float[Array, "n h w c"], size: int, stride: int) -> Float[Array,
         ValueError: The input is smaller than one window.
     """
     pads = [_pool_padding(n, size, stride, 0, False) for n in x.shape[1:3]]
-    return nn.avg_pool(x, (size, size), strides=(stride, stride), padding=pads)
+    zero = np.zeros((), x.dtype)
+    return nn.pool(x, zero, jax.lax.add, (size, size), (stride, stride), pads) / size**2
 
 
 def _pool_padding(n: int, size: int, stride: int, padding: int, ceil: bool) -> tuple[int, int]:

@@ -25,6 +25,8 @@ from topk_jax.kernels.keys import RankBy
 
 # Slices added elementwise in one kernel; more than this stops vectorising.
 _SLICES = 14
+# The search among ties is the rarer one; fewer slices compile faster.
+_TIE_SLICES = 4
 # Thresholds counted in one pass: their counts share an int32, eight bits each.
 _THRESHOLDS = 4
 # Below this many channels the positions of many rows are laid side by side as vector lanes.
@@ -34,18 +36,18 @@ _MAX_COMPOSITE = 1 << 16
 
 _Key = Int[Array, "b n c"]
 _Row = Int[Array, "b c"]
+_Thresholds = Int[Array, "thresholds b c"]
 # Keys of the positions `start <= position < stop` of every row.
 _KeysOf = Callable[[int, int], _Key]
 
 
 class _Bracket(NamedTuple):
-    """State of the search, one entry a row; counts are of keys >= the bound."""
+    """What is known of the threshold of each row; counts are of keys >= the bound."""
 
     low: _Row
     high: _Row
     count_low: _Row
     count_high: _Row
-    stalled: Bool[Array, "b c"]
 
 
 def mask(x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy) -> Bool[Array, "b n c"]:
@@ -107,7 +109,7 @@ def _mask_plain(x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy) ->
             ],
             (_THRESHOLDS, b, c),
         )
-        cut = _search(order_of, (b, n, c), k, 0, n + 1, jnp.maximum(first, 1))
+        cut = _search(order_of, (b, n, c), k, 0, n + 1, first, _TIE_SLICES)
         return order_of(0, n) >= cut.low[:, None, :]
 
     return jax.lax.cond(
@@ -121,7 +123,8 @@ def _search(
     k: Int[Array, ""],
     smallest: int,
     largest: int,
-    first: Int[Array, "thresholds b c"],
+    first: _Thresholds,
+    slices: int = _SLICES,
 ) -> _Bracket:
     """Brackets closed on the k-th largest key, or opened at a bound that has exactly `k` above it.
 
@@ -132,12 +135,14 @@ def _search(
     def full(value: int) -> _Row:
         return jnp.full((b, c), value, jnp.int32)
 
-    def is_open(state: _Bracket) -> Bool[Array, "b c"]:
-        return (state.count_low != k) & (state.low + 1 < state.high)
+    def any_open(carry: tuple[_Bracket, _Thresholds]) -> Bool[Array, ""]:
+        bracket, _ = carry
+        return jnp.any((bracket.count_low != k) & (bracket.low + 1 < bracket.high))
 
-    def narrow(state: _Bracket, thresholds: Int[Array, "thresholds b c"]) -> _Bracket:
-        low, high, count_low, count_high, _ = state
-        counts = _count(keys_of, n, thresholds)
+    def narrow(carry: tuple[_Bracket, _Thresholds]) -> tuple[_Bracket, _Thresholds]:
+        (low, high, count_low, count_high), thresholds = carry
+        before = _width(low, high)
+        counts = _count(keys_of, n, thresholds, slices)
         for threshold, count in zip(thresholds, counts, strict=True):
             enough = count >= k
             raises = enough & (threshold > low)
@@ -145,20 +150,14 @@ def _search(
             lowers = ~enough & (threshold < high)
             high = jnp.where(lowers, threshold, high)
             count_high = jnp.where(lowers, count, count_high)
-        stalled = _width(low, high) > 0.5 * _width(state.low, state.high)
-        return _Bracket(low, high, count_low, count_high, stalled)
+        bracket = _Bracket(low, high, count_low, count_high)
+        stalled = _width(low, high) > 0.5 * before
+        return bracket, _next_thresholds(bracket, k, stalled)
 
-    start = _Bracket(
-        full(smallest), full(largest + 1), full(n), full(0), jnp.zeros((b, c), jnp.bool_)
-    )
-    state = narrow(start, jnp.clip(first, smallest + 1, largest))
-    # The first thresholds are guesses: missing the bracket by them says nothing about the data.
-    state = state._replace(stalled=jnp.zeros((b, c), jnp.bool_))
-    return jax.lax.while_loop(
-        lambda state: jnp.any(is_open(state)),
-        lambda state: narrow(state, _next_thresholds(state, k, smallest, largest)),
-        state,
-    )
+    start = _Bracket(full(smallest), full(largest + 1), full(n), full(0))
+    first = jnp.clip(first, smallest + 1, largest)
+    bracket, _ = jax.lax.while_loop(any_open, narrow, (start, first))
+    return bracket
 
 
 def _width(low: _Row, high: _Row) -> Float[Array, "b c"]:
@@ -167,15 +166,15 @@ def _width(low: _Row, high: _Row) -> Float[Array, "b c"]:
 
 
 def _next_thresholds(
-    state: _Bracket, k: Int[Array, ""], smallest: int, largest: int
-) -> Int[Array, "thresholds b c"]:
+    bracket: _Bracket, k: Int[Array, ""], stalled: Bool[Array, "b c"]
+) -> _Thresholds:
     """Four ascending thresholds inside every bracket, around where the k-th key is expected.
 
     Keys of `m` entries spread evenly over the bracket put the one wanted at a beta-distributed
     place; the thresholds are placed in units of its standard deviation. A bracket that the last
     pass did not halve is cut evenly, which bounds the number of passes for any data.
     """
-    low, high, count_low, count_high, stalled = state
+    low, high, count_low, count_high = bracket
     inside = (count_low - count_high).astype(jnp.float32) + 1
     centre = ((count_low - k).astype(jnp.float32) + 0.5) / inside
     spread = jnp.sqrt(jnp.maximum(centre * (1 - centre), 0) / inside)
@@ -193,7 +192,7 @@ def _next_thresholds(
 
 def _first_thresholds(
     x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy
-) -> Int[Array, "thresholds b c"]:
+) -> _Thresholds:
     """Guesses from the mean magnitude of a sample, as if the data were normal, and the key 1.
 
     Behind a ReLU many rows have fewer than `k` positive entries: counting the keys >= 1 ends their
@@ -217,13 +216,12 @@ def _first_thresholds(
 
 
 def _count(
-    keys_of: _KeysOf, n: int, thresholds: Int[Array, "thresholds b c"]
+    keys_of: _KeysOf, n: int, thresholds: _Thresholds, slices: int
 ) -> Int[Array, "thresholds b c"]:
     """Number of keys >= each threshold, row by row."""
-    block = -(-n // _SLICES)
-    slices = -(-n // block)
+    block = -(-n // min(slices, -(-n // 8)))
     counted = None
-    for i in range(slices):
+    for i in range(-(-n // block)):
         # The last slice is moved back to end with the row; what it repeats is not counted.
         start = min(i * block, n - block)
         key = keys_of(start, start + block)
@@ -235,7 +233,7 @@ def _count(
             flags = flags + jnp.where(above, 1 << (8 * j), 0)
         counted = flags if counted is None else counted + flags
     assert counted is not None
-    return _sum_bytes(counted, block * slices)
+    return _sum_bytes(counted, n)
 
 
 def _sum_bytes(packed: Int[Array, "b block c"], most: int) -> Int[Array, "4 b c"]:

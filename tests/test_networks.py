@@ -1,0 +1,209 @@
+"""Networks against torchvision's modules: stored outputs everywhere, the modules themselves by hand."""
+
+import importlib.util
+
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_weights
+
+from topk_jax.networks import create_network, list_networks, variable_shapes
+from topk_jax.topk import TopK
+from topk_jax.weights.conversion import state_dict_to_variables, variables_to_state_dict
+
+# Parameters as torchvision documents them.
+PARAMETERS = {
+    "alexnet": 61_100_840,
+    "vgg11": 132_863_336,
+    "vgg11_bn": 132_868_840,
+    "vgg13": 133_047_848,
+    "vgg13_bn": 133_053_736,
+    "vgg16": 138_357_544,
+    "vgg16_bn": 138_365_992,
+    "vgg19": 143_667_240,
+    "vgg19_bn": 143_678_248,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "squeezenet1_0": 1_248_424,
+    "squeezenet1_1": 1_235_496,
+}
+
+
+def relative_error(found, expected) -> float:
+    """Largest difference relative to the largest magnitude."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def seeded_variables(network, *, image_size: int = 224):
+    """The reference weights in the network's own tree."""
+    shapes = variable_shapes(network, image_size=image_size)
+    blank = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    names = {key: value.shape for key, value in variables_to_state_dict(blank).items()}
+    return state_dict_to_variables(reference_weights.weights(names), shapes)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_number_of_parameters(name):
+    shapes = variable_shapes(create_network(name))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == PARAMETERS[name]
+
+
+def test_every_network_is_tested():
+    assert set(list_networks()) - {"builtin"} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", reference_weights.CASES)
+def test_stored_outputs_of_torchvision(name):
+    stored = np.load(reference_weights.DATA / f"torchvision_{name}.npz")
+    images = reference_weights.image(reference_weights.CASES[name])
+    variables = None
+    for prefix, fraction in (("plain", None), ("topk", reference_weights.FRACTION)):
+        network = create_network(name, topk=fraction, num_classes=reference_weights.NUM_CLASSES)
+        if variables is None:
+            variables = seeded_variables(network)
+        apply = jax.jit(lambda v, x, network=network: network.apply(v, x, train=False))
+        _, features = apply(variables, images)
+        assert {f"{prefix}/{key}" for key in features} == {
+            key for key in stored.files if key.startswith(prefix)
+        }
+        for key in network.feature_names:
+            error = relative_error(
+                reference_weights.sampled(features[key]), stored[f"{prefix}/{key}"]
+            )
+            assert error < 1e-4, f"{prefix} {key}: {error:.2g}"
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [224, 193])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_torchvision_module(name, side):
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed: pip install 'topk_jax[parity]'")
+    import torch_reference
+
+    model = torch_reference.randomize(torch_reference.build(name), seed=1)
+    images = np.random.default_rng(2).normal(size=(1, side, side, 3)).astype(np.float32)
+    state = {key: value.numpy() for key, value in model.state_dict().items()}
+    variables = state_dict_to_variables(state, variable_shapes(create_network(name)))
+    for fraction in (None, 0.1):
+        network = create_network(name, topk=fraction)
+        apply = jax.jit(lambda v, x, network=network: network.apply(v, x, train=False))
+        logits, features = apply(variables, images)
+        expected = torch_reference.features(name, model, images, fraction)
+        assert list(expected) == list(network.feature_names)
+        assert relative_error(logits, expected["logits"]) < 1e-4
+        for key, value in expected.items():
+            error = relative_error(features[key], value)
+            assert error < 1e-4, f"{key} with Top-K {fraction}: {error:.2g}"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
+def test_torchvision_module_in_training(name):
+    """Batch statistics, their running averages and the gradient of a loss."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed: pip install 'topk_jax[parity]'")
+    import torch
+    import torch_reference
+
+    model = torch_reference.randomize(torch_reference.build(name, num_classes=10), seed=3).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    images = np.random.default_rng(4).normal(size=(4, 65, 65, 3)).astype(np.float32)
+    options = {"dropout": 0.0} if name.startswith("squeeze") else {}
+    network = create_network(name, num_classes=10, **options)
+    state = {key: value.numpy().copy() for key, value in model.state_dict().items()}
+    variables = state_dict_to_variables(state, variable_shapes(network))
+
+    def loss(params):
+        rest = {key: value for key, value in variables.items() if key != "params"}
+        (logits, _), updates = network.apply(
+            {"params": params, **rest}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.mean(logits**2), (logits, updates)
+
+    gradient, (logits, updates) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    torch_logits = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    (torch_logits**2).mean().backward()
+    assert relative_error(logits, torch_logits.detach().numpy()) < 1e-4
+    found = variables_to_state_dict({"params": gradient, **updates})
+    after = {key: value.numpy() for key, value in model.state_dict().items()}
+    for key, parameter in model.named_parameters():
+        assert relative_error(found[key], parameter.grad.numpy()) < 2e-3, key
+    for key, value in after.items():
+        if "running" in key:
+            assert relative_error(found[key], value) < 1e-4, key
+
+
+def small(**options):
+    return create_network("vgg11", num_classes=4, hidden=(8, 8), widths=(4, 4, 8, 8, 8), **options)
+
+
+def test_asking_for_features_never_changes_logits():
+    network = small(topk=0.3)
+    images = reference_weights.image(32)
+    variables = seeded_variables(network, image_size=32)
+    with_features = jax.jit(lambda v, x: network.apply(v, x, train=False))
+    alone = jax.jit(lambda v, x: network.apply(v, x, train=False)[0])
+    np.testing.assert_array_equal(with_features(variables, images)[0], alone(variables, images))
+
+
+def test_features_are_what_the_next_layer_sees():
+    """Each site's feature has k nonzero entries a map, and the network differs from the plain one."""
+    sites = {"pool1": 0.1, "relu2_1": TopK(0.25, keep="rest")}
+    network = small(topk=sites)
+    images = reference_weights.image(32)
+    variables = seeded_variables(network, image_size=32)
+    _, features = network.apply(variables, images, train=False)
+    _, plain = small().apply(variables, images, train=False)
+    assert np.count_nonzero(features["pool1"], axis=(1, 2)).max() <= int(0.1 * 16 * 16)
+    kept = np.asarray(features["pool1"]) != 0
+    np.testing.assert_array_equal(
+        np.asarray(features["pool1"])[kept], np.asarray(plain["pool1"])[kept]
+    )
+    np.testing.assert_array_equal(features["relu1_1"], plain["relu1_1"])
+    assert np.any(np.asarray(features["conv2_1"]) != np.asarray(plain["conv2_1"]))
+    assert np.count_nonzero(features["relu2_1"], axis=(1, 2)).max() <= 16 * 16 - 64
+
+
+def test_average_pooling_is_an_option_of_vgg():
+    network, images = small(pool="average"), reference_weights.image(32)
+    variables = seeded_variables(network, image_size=32)
+    _, features = network.apply(variables, images, train=False)
+    relu = np.asarray(features["relu1_1"])
+    expected = relu.reshape(2, 16, 2, 16, 2, 4).mean(axis=(2, 4))
+    np.testing.assert_allclose(features["pool1"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_errors_name_what_would_be_right():
+    with pytest.raises(ValueError, match="unknown network 'vgg61': did you mean .*vgg16"):
+        create_network("vgg61")
+    with pytest.raises(ValueError, match="unknown Top-K site 'pool6': .*pool5"):
+        create_network("vgg16", topk={"pool6": 0.1})
+    for fraction in (0.0, -1.0, 1.5):
+        with pytest.raises(ValueError, match="fraction must be in"):
+            create_network("vgg16", topk=fraction)
+    with pytest.raises(ValueError, match="smaller than a pooling window"):
+        variable_shapes(create_network("alexnet"), image_size=20)
+
+
+def test_a_network_works_in_nnx():
+    network, images = small(topk=0.5), reference_weights.image(32)
+    module = flax.nnx.bridge.ToNNX(network, rngs=flax.nnx.Rngs(0))
+    module.lazy_init(images, train=False)
+    variables = flax.nnx.bridge.nnx_attrs_to_linen_vars(
+        {"params": {k: v for k, v in vars(module).items() if k.startswith(("features", "class"))}}
+    )
+    logits, features = module(images, train=False)
+    assert logits.shape == (2, 4)
+    assert set(features) == set(network.feature_names)
+    assert variables

@@ -1,0 +1,167 @@
+"""Train state and the step of one replica.
+
+Data contract: a batch is a dict of `image` uint8 [n, h, w, 3], `label` int32 [n] and `mask` bool
+[n]; rows with a False mask are padding and count for nothing. The step works with sums over rows,
+added over the device axis before they are divided by the number of valid rows, so that any number
+of devices and any uneven batch give the same update.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int32
+
+from topk_jax import images as images_lib
+from topk_jax import parallel
+from topk_jax.images import Preprocessing
+from topk_jax.networks import Network, variable_shapes
+
+Batch = dict[str, Any]
+Sums = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes, and the key that its noise is derived from.
+
+    Attributes:
+        step: Number of updates made, int32 scalar.
+        params: Parameters.
+        batch_stats: Running statistics, empty for networks without batch normalisation.
+        opt_state: The optimiser's state.
+        key: Typed random key; constant.
+    """
+
+    step: Int32[Array, ""]
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    key: Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `network.apply` takes."""
+        stats = {"batch_stats": self.batch_stats} if self.batch_stats else {}
+        return {"params": self.params, **stats}
+
+
+def init_variables(network: Network, key: Array, *, image_size: int = 224) -> dict[str, Any]:
+    """Random variables: kernels as He et al. (2015), normal with variance 2 / fan-in.
+
+    Drawn from the shapes alone, which saves compiling the network.
+
+    Args:
+        network: Any of `topk_jax.networks`.
+        key: Typed random key.
+        image_size: Side of the input images.
+    """
+    shapes = variable_shapes(network, image_size=image_size)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    keys = jax.random.split(key, len(leaves))
+
+    def draw(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, key: Array) -> Array:
+        name = path[-1].key
+        if name == "kernel":
+            scale = np.sqrt(2 / np.prod(shape.shape[:-1])).astype(np.float32)
+            return scale * jax.random.normal(key, shape.shape, shape.dtype)
+        fill = 1 if name in ("scale", "var") else 0
+        return jnp.full(shape.shape, fill, shape.dtype)
+
+    drawn = [draw(path, shape, key) for (path, shape), key in zip(leaves, keys, strict=True)]
+    return jax.tree_util.tree_unflatten(treedef, drawn)
+
+
+def create_state(
+    variables: dict[str, Any], optimizer: optax.GradientTransformation, key: Array
+) -> TrainState:
+    """State before the first step.
+
+    Args:
+        variables: `{"params": ...}`, with `"batch_stats"` where the network has any.
+        optimizer: Its state is made for the parameters.
+        key: Typed random key of the noise in training (dropout).
+    """
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(params),
+        key=key,
+    )
+
+
+def make_train_step(
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    *,
+    preprocessing: Preprocessing,
+    microbatch: int | None = None,
+    axis_name: str = parallel.AXIS,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """Builds the step of one replica, to be mapped over devices.
+
+    `jax.pmap(step, axis_name=axis_name, in_axes=(None, 0), out_axes=None, donate_argnums=0)`
+    drives it: state replicated, batches [devices, n, ...].
+
+    Args:
+        network: Called with `train=True`; with batch normalisation, its `axis_name` must be the
+            same.
+        optimizer: Gets the gradient of the mean cross-entropy.
+        preprocessing: How pixels are normalised.
+        microbatch: Rows that gradients are taken of at a time; None takes all of a device's. Less
+            memory, and on CPUs faster: XLA's gradient of a convolution's kernel takes less time an
+            image for few images. Not for networks with batch normalisation.
+        axis_name: Name of the device axis.
+
+    Returns:
+        `step(state, batch) -> (state, sums)`; sums over the valid rows of all devices: `loss`,
+        `correct`, `count`, each a float32 scalar.
+    """
+
+    def loss_sum(
+        params: Any, batch_stats: Any, batch: Batch, key: Array
+    ) -> tuple[Float[Array, ""], tuple[Sums, Any]]:
+        variables = {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
+        pixels = images_lib.normalize(batch["image"], preprocessing)
+        (logits, _), updated = network.apply(
+            variables, pixels, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
+        mask = batch["mask"].astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        correct = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
+        loss = jnp.sum(losses * mask)
+        sums = {"loss": loss, "correct": jnp.sum(correct * mask), "count": jnp.sum(mask)}
+        return loss, (sums, updated.get("batch_stats", {}))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        rows = len(batch["label"])
+        size = microbatch or rows
+        if state.batch_stats and size < rows:
+            raise ValueError(
+                "a network with batch normalisation needs the statistics of the whole batch: "
+                f"leave out microbatch={microbatch}"
+            )
+        key = jax.random.fold_in(state.key, state.step)
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        total, batch_stats = None, state.batch_stats
+        # Not a scan: convolution gradients are several times slower inside XLA's loops on CPUs.
+        for start in range(0, rows, size):
+            part = {name: leaf[start : start + size] for name, leaf in batch.items()}
+            gradient, (sums, batch_stats) = jax.grad(loss_sum, has_aux=True)(
+                state.params, batch_stats, part, jax.random.fold_in(key, start)
+            )
+            term = (gradient, sums)
+            total = term if total is None else jax.tree.map(jnp.add, total, term)
+        gradient, sums = jax.lax.psum(total, axis_name)
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(sums["count"], 1), gradient)
+        with jax.numpy_dtype_promotion("standard"):  # optax's schedules promote
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+        state = TrainState(state.step + 1, params, batch_stats, opt_state, state.key)
+        return state, sums
+
+    return step
