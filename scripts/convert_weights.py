@@ -14,7 +14,10 @@ _WEIGHTS = flags.DEFINE_string(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "The .safetensors file to write (no default).")
 _NUM_CLASSES = flags.DEFINE_integer(
-    "num_classes", 1000, "Classes that the weights were trained for.", lower_bound=1
+    "num_classes",
+    None,
+    "Classes the weights were trained for (default: the network's).",
+    lower_bound=1,
 )
 _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace an output file that is there.")
 _LIST = flags.DEFINE_boolean("list", False, "Show the known weights and end.")

@@ -9,8 +9,10 @@ from ml_collections import config_flags
 from topk_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment, in configs/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
-flags.mark_flags_as_required(["config", "workdir"])
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; made if missing.", required=True
+)
+flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:

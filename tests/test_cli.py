@@ -32,7 +32,7 @@ config_flags.DEFINE_config_file("config", None, "Configuration.")
 
 def main(argv):
     print("main was called")
-    exec(FLAGS.code)
+    exec(FLAGS.code, globals())
 
 if __name__ == "__main__":
     cli.run(main)
@@ -55,7 +55,9 @@ def script(tmp_path_factory):
 
 
 def command(script, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    # ml_collections loads configurations the old way.
+    warnings = "error,ignore:the load_module:DeprecationWarning"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": warnings}
     return {"args": [sys.executable, str(script), *arguments], "env": environment}
 
 
@@ -77,8 +79,8 @@ def test_help_prints_docstring_flags_and_defaults(script):
 
 
 def test_success_and_own_exit_code(script):
-    done = call(script, "--batch_size=3", "--code=assert FLAGS.batch_size == 3; print(argv[1:])")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "main was called\n[]\n", "")
+    done = call(script, "--batch_size=3", "--code=assert FLAGS.batch_size == 3; print(__name__)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "main was called\n__main__\n", "")
     assert call(script, "--code=sys.exit(7)").returncode == 7
 
 
@@ -115,7 +117,7 @@ def test_bad_flags_are_one_line_and_exit_2(script, arguments, message):
             "error: /a: Permission denied",
         ),
         ("raise app.UsageError('not both')", 2, "error: not both"),
-        ("FLAGS.batch_size = 'x'", 2, "error: flag --batch_size=x: invalid literal"),
+        ("FLAGS['batch_size'].parse('x')", 2, "error: flag --batch_size=x: invalid literal"),
         ("raise ValueError", 2, "error: ValueError"),
         (
             "raise OSError(28, 'No space left on device', '/run/a')",
@@ -211,8 +213,7 @@ for _ in images.map_parallel(work, range(10_000), workers=2):
         text=True,
     ) as process:
         assert process.stdout is not None
-        while process.stdout.readline() != "3\n":
-            pass
+        assert "3\n" in iter(process.stdout.readline, "")
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)

@@ -221,14 +221,16 @@ def srgb_profile():
 
 
 def matrix_profile(columns, gamma, space=b"RGB "):
-    """A minimal ICC version 2 profile: three primaries (XYZ, D50) and one gamma for all."""
+    """A minimal ICC version 2 profile: three primaries (XYZ, D50), one gamma or curve."""
 
     def fixed(*numbers):
         return b"".join(round(number * 65536).to_bytes(4, "big", signed=True) for number in numbers)
 
     white = (0.9642, 1.0, 0.8249)
-    curve = b"curv" + bytes(4) + (1).to_bytes(4, "big") + round(gamma * 256).to_bytes(2, "big")
-    curve += bytes(2)
+    numbers = [round(gamma * 256)] if np.isscalar(gamma) else np.rint(gamma * 65535)
+    curve = b"curv" + bytes(4) + len(numbers).to_bytes(4, "big")
+    curve += np.asarray(numbers, ">u2").tobytes()
+    curve += bytes(-len(curve) % 4)
     tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(*white)}
     if space == b"GRAY":
         tags[b"kTRC"] = curve
@@ -263,6 +265,17 @@ def test_srgb_profile_changes_nothing(tmp_path):
     for name in ("a.png", "a.tif"):
         path = save(tmp_path / name, image, icc_profile=srgb_profile())
         np.testing.assert_array_equal(images.read_image(path), image)
+
+
+def test_profile_that_is_nearly_srgb_changes_nothing(tmp_path):
+    # The widespread profile of IEC 61966-2-1 has a table of 1024 values: some pixels come out one
+    # level off.
+    encoded = np.linspace(0, 1, 1024)
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    columns = tuple(tuple(number + 0.0005 for number in column) for column in SRGB)
+    image = pattern(100, 100)
+    path = save(tmp_path / "a.png", image, icc_profile=matrix_profile(columns, linear))
+    np.testing.assert_array_equal(images.read_image(path), image)
 
 
 def test_profile_with_swapped_primaries_and_another_gamma(tmp_path):

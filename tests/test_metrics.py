@@ -176,7 +176,9 @@ def test_accuracy_histogram_and_confusion():
 def test_answers_that_are_no_category_are_other_and_named():
     result = shape_bias(table([*TABLE, ("a3-b1", "zebra")]))
     assert result.n_other == 5
-    assert any("1 answers are no category, such as 'zebra'" in line for line in result.warnings)
+    assert any(
+        "answers that are no category: 1, such as 'zebra'" in line for line in result.warnings
+    )
 
 
 @pytest.mark.parametrize("n", [1, 7, 385, 12_000])

@@ -20,7 +20,7 @@ SMALL = Preprocessing(8, 8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 def small_network(**options):
     fields = {
-        "widths": (4, 8), "pooled_size": 1, "hidden": (8,), "num_classes": 3, "dropout": 0.0
+        "widths": (8, 16), "pooled_size": 1, "hidden": (16,), "num_classes": 3, "dropout": 0.0
     }  # fmt: skip
     return VGG((1, 1), **(fields | options))
 

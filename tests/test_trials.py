@@ -234,7 +234,7 @@ def test_round_trip_is_exact(rows):
 
 def test_trials_filename():
     name = trials_filename("cue-conflict", "vit_large_patch16_224-topk-10")
-    assert name == "cue-conflict_vit-large-patch16-224-topk-10_session-1.csv"
+    assert name == "cue-conflict_vit_large_patch16_224-topk-10_session-1.csv"
     assert trials_filename("edge", "subject-07", 2) == "edge_subject-07_session_2.csv"
     for dataset, subject in (("a/b", "x"), ("a", "../x"), ("a", "")):
         with pytest.raises(ValueError, match="expected a name without folders"):

@@ -132,6 +132,13 @@ class _HopelessError(Exception):
     """A failure that pooch is not to try again: neither a ValueError nor one of requests'."""
 
 
+class _Bar(tqdm.tqdm):
+    """A bar that pooch recognises as one: tqdm's own is false while its total is unknown."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
 class _Download:
     """Pooch's downloader: one attempt a call, with progress, and the checks on what arrived."""
 
@@ -165,22 +172,29 @@ class _Download:
         on_terminal = self._progress and sys.stderr.isatty()
         if self._progress and not on_terminal and self.attempts == 1:
             tqdm.tqdm.write(f"downloading {url}", file=sys.stderr)
-        with tqdm.tqdm(
+        answers: list[Any] = []  # one for each redirection; pooch closes none of them
+        bar = _Bar(
             desc=url.rpartition("/")[2],
             unit="B",
             unit_scale=True,
             dynamic_ncols=True,
             disable=not on_terminal,
-        ) as bar:
-            # "identity": the length and the digest are those of the file itself.
-            get = HTTPDownloader(
-                progressbar=bar,  # pyright: ignore[reportArgumentType]
-                chunk_size=_PIECE,
-                timeout=_TIMEOUT,
-                headers={"Accept-Encoding": "identity"},
-            )
+        )
+        # "identity": the length and the digest are those of the file itself.
+        get = HTTPDownloader(
+            progressbar=bar,  # pyright: ignore[reportArgumentType]
+            chunk_size=_PIECE,
+            timeout=_TIMEOUT,
+            headers={"Accept-Encoding": "identity"},
+            hooks={"response": lambda answer, *_, **__: answers.append(answer)},
+        )
+        try:
             get(url, output_file, None)
-            return int(bar.total or 0)
+            return int(answers[-1].headers.get("Content-Length", 0))
+        finally:
+            bar.close()
+            for answer in answers:
+                answer.close()
 
     def _check(self, output_file: str, length: int) -> None:
         size = os.path.getsize(output_file)

@@ -469,7 +469,7 @@ def _warnings(result: ShapeBias) -> list[str]:
     if foreign:
         total = sum(counts[name] for name in foreign)
         warnings.append(
-            f"{total} answers are no category, such as {foreign[0]!r}; they count as other"
+            f"answers that are no category: {total}, such as {foreign[0]!r}; they count as other"
         )
     return warnings
 

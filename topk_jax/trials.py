@@ -244,10 +244,11 @@ def _column(name: str, values: ArrayLike) -> np.ndarray:
 
 
 def trials_filename(dataset: str, subject: str, session: int = 1) -> str:
-    """Name the benchmark gives to the CSV of one observer and session.
+    """Name of the CSV of one observer and session, as the benchmark's.
 
-    `_` in a network's name becomes `-`, so the observer is to be taken from the table, not from the
-    name: `cue-conflict_resnet50-topk-10_session-1.csv`, `cue-conflict_subject-01_session_1.csv`.
+    `cue-conflict_resnet50-topk-10_session-1.csv`, `cue-conflict_subject-01_session_1.csv`. The
+    benchmark writes a network's `_` as `-`, so that `a_b` and `a-b` share a file; here the name
+    stays as it is. Readers, ours and the benchmark's, take the observer from the table.
 
     Raises:
         ValueError: a folder in the dataset's or the observer's name, or an empty name.
@@ -256,7 +257,7 @@ def trials_filename(dataset: str, subject: str, session: int = 1) -> str:
         if not name or re.search(r"[/\\\0]", name):
             raise ValueError(f"{name!r}: expected a name without folders, for a file name")
     separator = "_" if _PERSON.fullmatch(subject) else "-"
-    return f"{dataset}_{subject.replace('_', '-')}_session{separator}{session}.csv"
+    return f"{dataset}_{subject}_session{separator}{session}.csv"
 
 
 def write_trials(path: str | os.PathLike[str], trials: Trials) -> None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from topk_jax.networks import resnet, vgg
 from topk_jax.networks.alexnet import AlexNet
+from topk_jax.networks.builtin import builtin_network
 from topk_jax.networks.resnet import ResNet
 from topk_jax.networks.sites import TopKSites, resolve_sites
 from topk_jax.networks.squeezenet import SqueezeNet
@@ -24,6 +25,7 @@ from topk_jax.networks.vgg import VGG
 Network = AlexNet | ResNet | SqueezeNet | VGG
 
 _NETWORKS: dict[str, Callable[..., Network]] = {
+    "builtin": builtin_network,
     "alexnet": AlexNet,
     **{name: functools.partial(VGG, stages) for name, stages in vgg.STAGES.items()},
     **{

@@ -57,21 +57,24 @@ def init_variables(network: Network, key: Array, *, image_size: int = 224) -> di
         network: Any of `topk_jax.networks`.
         key: Typed random key.
         image_size: Side of the input images.
+
+    Returns:
+        float32 NumPy arrays.
     """
     shapes = variable_shapes(network, image_size=image_size)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    keys = jax.random.split(key, len(leaves))
-
-    def draw(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, key: Array) -> Array:
-        name = path[-1].key
-        if name == "kernel":
-            scale = np.sqrt(2 / np.prod(shape.shape[:-1])).astype(np.float32)
-            return scale * jax.random.normal(key, shape.shape, shape.dtype)
-        fill = 1 if name in ("scale", "var") else 0
-        return jnp.full(shape.shape, fill, shape.dtype)
-
-    drawn = [draw(path, shape, key) for (path, shape), key in zip(leaves, keys, strict=True)]
-    return jax.tree_util.tree_unflatten(treedef, drawn)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    sizes = [int(np.prod(leaf.shape)) if path[-1].key == "kernel" else 0 for path, leaf in leaves]
+    # One draw for all: each new shape would be one more program to compile.
+    normal = np.asarray(jax.random.normal(key, (sum(sizes),)))
+    variables = []
+    for (path, leaf), drawn in zip(leaves, np.split(normal, np.cumsum(sizes)[:-1]), strict=True):
+        if path[-1].key == "kernel":
+            scale = np.sqrt(2 / np.prod(leaf.shape[:-1])).astype(np.float32)
+            variables.append(scale * drawn.reshape(leaf.shape))
+        else:
+            fill = 1 if path[-1].key in ("scale", "var") else 0
+            variables.append(np.full(leaf.shape, fill, np.float32))
+    return jax.tree_util.tree_unflatten(structure, variables)
 
 
 def create_state(
@@ -89,7 +92,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(params),
+        opt_state=jax.jit(optimizer.init)(params),
         key=key,
     )
 

@@ -251,7 +251,7 @@ def convert_file(
     weights: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     overwrite: bool = False,
 ) -> Conversion:
     """Converts a file of weights into a safetensors file with torch's names, checked and complete.
@@ -260,7 +260,7 @@ def convert_file(
         model: the network that the weights are for; every tensor must fit it.
         weights: the path of a file, or a tag of the catalogue.
         output: the file to write, ending in .safetensors.
-        num_classes: width of the network's logits.
+        num_classes: width of the network's logits; by default what the network has.
         overwrite: replace an `output` that is there.
 
     Raises:
@@ -273,7 +273,8 @@ def convert_file(
         raise ValueError(f"{target}: expected a name that ends in .safetensors")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target}: is there already; --overwrite replaces it")
-    network = networks.create_network(model, num_classes=num_classes)
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    network = networks.create_network(model, **options)
     source = resolve_weights(model, weights)
     variables = load_variables(network, source, cache=False)
     state_dict = variables_to_state_dict(variables)

@@ -1,0 +1,123 @@
+"""Layers against NumPy loops; the networks' parity tests compare them with PyTorch's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from topk_jax import layers
+
+
+def loop_max_pool(x, size, stride, padding, ceil):
+    """PyTorch's definition, window by window."""
+    n = x.shape[0]
+    room = n + 2 * padding - size
+    count = (-(-room // stride) if ceil else room // stride) + 1
+    if ceil and (count - 1) * stride >= n + padding:
+        count -= 1
+    out = np.full((count, count), -np.inf)
+    for i in range(count):
+        for j in range(count):
+            top, left = i * stride - padding, j * stride - padding
+            window = x[max(top, 0) : top + size, max(left, 0) : left + size]
+            out[i, j] = window.max()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "stride", "padding", "ceil"),
+    [
+        *[(112, 3, 2, 1, False), (7, 2, 2, 0, False), (55, 3, 2, 0, False), (13, 3, 2, 0, False)],
+        *[(112, 3, 2, 0, True), (54, 3, 2, 0, True), (111, 3, 2, 0, True), (6, 3, 2, 1, True)],
+        *[(5, 2, 3, 0, True), (4, 2, 3, 1, True), (5, 5, 2, 0, False)],
+    ],
+)
+def test_max_pool(n, size, stride, padding, ceil):
+    x = np.random.default_rng(n).normal(size=(n, n)).astype(np.float32)
+    found = layers.max_pool(x[None, :, :, None], size, stride, padding=padding, ceil=ceil)
+    np.testing.assert_array_equal(found[0, :, :, 0], loop_max_pool(x, size, stride, padding, ceil))
+
+
+@pytest.mark.parametrize("n", [2, 6, 7, 9])
+def test_avg_pool(n):
+    x = np.random.default_rng(n).normal(size=(1, n, n, 3)).astype(np.float32)
+    even = x[:, : n // 2 * 2, : n // 2 * 2]
+    expected = even.reshape(1, n // 2, 2, n // 2, 2, 3).mean(axis=(2, 4))
+    np.testing.assert_allclose(layers.avg_pool(x, 2, 2), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_map_smaller_than_the_window_is_an_error():
+    with pytest.raises(ValueError, match="input image is too small"):
+        layers.max_pool(jnp.ones((1, 2, 2, 1)), 3, 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 6, 7])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 7), (13, 19)])
+def test_adaptive_avg_pool(shape, size):
+    x = np.random.default_rng(1).normal(size=(2, *shape, 3)).astype(np.float32)
+    expected = np.empty((2, size, size, 3))
+    for i in range(size):
+        for j in range(size):
+            rows = slice(i * shape[0] // size, -(-(i + 1) * shape[0] // size))
+            columns = slice(j * shape[1] // size, -(-(j + 1) * shape[1] // size))
+            expected[:, i, j] = x[:, rows, columns].mean(axis=(1, 2))
+    np.testing.assert_allclose(layers.adaptive_avg_pool(x, size), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_flatten_channels_first():
+    x = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
+    np.testing.assert_array_equal(
+        layers.flatten_channels_first(x)[0], x[0].transpose(2, 0, 1).ravel()
+    )
+
+
+def batch_norm_loop(x, mask, scale, bias, epsilon=1e-5):
+    """Output, running mean and running variance (unbiased) after one step from zeros and ones."""
+    valid = x[mask].reshape(-1, x.shape[-1]).astype(np.float64)
+    mean, var, n = valid.mean(axis=0), valid.var(axis=0), len(valid)
+    y = (x - mean) / np.sqrt(var + epsilon) * scale + bias
+    return y, 0.1 * mean, 0.9 + 0.1 * var * n / (n - 1)
+
+
+@pytest.mark.parametrize("valid", [64, 61, 33, 3])
+def test_batch_norm_on_uneven_devices(valid):
+    """Eight devices, of which some have few valid rows or none, agree with one loop over all."""
+    rng = np.random.default_rng(valid)
+    # A mean far from zero: E[x^2] - E[x]^2 would lose every digit of the variance.
+    x = (rng.normal(size=(64, 3, 3, 2)) + 1000).astype(np.float32)
+    mask = np.arange(64) < valid
+    scale, bias = np.array([1.5, 0.5], np.float32), np.array([0.1, -0.2], np.float32)
+    expected = batch_norm_loop(x, mask, scale, bias)
+    variables = {
+        "params": {"scale": scale, "bias": bias},
+        "batch_stats": {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)},
+    }
+    module = layers.BatchNorm(axis_name="devices")
+
+    @functools.partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0), out_axes=(0, None))
+    def step(variables, x, mask):
+        return module.apply(
+            variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"]
+        )
+
+    y, updates = step(variables, x.reshape(8, 8, 3, 3, 2), mask.reshape(8, 8))
+    found = np.asarray(y).reshape(x.shape)
+    np.testing.assert_allclose(found[mask], expected[0][mask], rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], expected[1], rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], expected[2], rtol=1e-4)
+
+
+def test_batch_norm_with_running_statistics():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 3, 4)).astype(np.float32)
+    scale, bias, mean = rng.normal(size=(3, 4)).astype(np.float32)
+    var = rng.uniform(0.5, 2, size=4).astype(np.float32)
+    variables = {
+        "params": {"scale": scale, "bias": bias},
+        "batch_stats": {"mean": mean, "var": var},
+    }
+    found = layers.BatchNorm().apply(variables, x, use_running_average=True)
+    expected = (x - mean) / np.sqrt(var + 1e-5) * scale + bias
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
