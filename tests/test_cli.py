@@ -316,7 +316,8 @@ def test_progress_bar_on_a_terminal_ends_before_the_error(script):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     code = """
-for item in cli.progress(range(4), desc="halfway"):
+bar = cli.progress(range(4), desc="halfway")  # the name keeps it open
+for item in bar:
     if item == 2: raise ValueError("stop")
 """
     with subprocess.Popen(

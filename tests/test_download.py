@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import io
 import pathlib
 import re
 import socket
@@ -90,6 +91,19 @@ def test_fetches_once(server, cache, capfd):
 def test_quiet(server, capfd):
     download.fetch(server.url, filename="file", progress=False)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("length", [len(DATA), None])
+def test_bar_on_a_terminal(server, monkeypatch, length):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    server.plan = [(length, DATA)]
+    download.fetch(server.url, filename="file", sha256_prefix=DIGEST)
+    shown = terminal.getvalue()
+    assert shown.startswith("\rfile.pth: ")
+    assert ("1.05M/1.05M" in shown) == (length is not None)
+    assert shown.endswith("\n")
 
 
 def test_whole_digest_and_none(server):

@@ -13,7 +13,7 @@ from topk_jax.networks import create_network
 from topk_jax.stimuli import Stimuli, read_cue_conflict
 from topk_jax.stimuli.builtin import BUILTIN_CATEGORIES, builtin_cue_conflict
 from topk_jax.topk import kept_count
-from topk_jax.weights import BUILTIN_PREPROCESSING, load_variables
+from topk_jax.weights import default_preprocessing, load_variables
 
 RAW = Preprocessing(4, 4, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -22,7 +22,7 @@ def plain_stimuli(n: int = 11, side: int = 4) -> Stimuli:
     """Image `i` is filled with grey `i`; its category alternates."""
 
     def load(index):
-        return np.full((side, side, 3), index, np.uint8)
+        return np.full((side, side, 3), index % 256, np.uint8)
 
     return Stimuli(
         name="plain",
@@ -136,7 +136,7 @@ def evaluate_builtin(predict, *, devices=None, count=1280):
         stimuli.select(range(0, len(stimuli), step)),
         variables=load_variables("builtin", "builtin"),
         mapping=identity_mapping(BUILTIN_CATEGORIES),
-        preprocessing=BUILTIN_PREPROCESSING,
+        preprocessing=default_preprocessing("builtin"),
         devices=devices,
     )
 

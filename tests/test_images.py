@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from topk_jax import images
 
@@ -141,6 +141,10 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     for name in ("a.png", "a.tif"):
         read = images.read_image(save(tmp_path / name, grey * 257))
         np.testing.assert_array_equal(read, expected)
+    # The nearest of the 256 levels, which are 257 apart.
+    off = (grey[:, 1:-1].astype(np.int64) * 257 + [[128], [-128]] * 8).clip(0, 65535)
+    read = images.read_image(save(tmp_path / "b.png", off.astype(np.uint16)))
+    np.testing.assert_array_equal(read, expected[:, 1:-1])
     # PGM with a maximum of 65535: mode "I" in Pillow; its numbers are big-endian.
     header = b"P5 16 16 65535\n"
     (tmp_path / "a.pgm").write_bytes(header + (grey * 257).astype(">u2").tobytes())
@@ -272,7 +276,7 @@ def test_profile_that_is_nearly_srgb_changes_nothing(tmp_path):
     # level off.
     encoded = np.linspace(0, 1, 1024)
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
-    columns = tuple(tuple(number + 0.0005 for number in column) for column in SRGB)
+    columns = tuple(tuple(number + 0.0001 for number in column) for column in SRGB)
     image = pattern(100, 100)
     path = save(tmp_path / "a.png", image, icc_profile=matrix_profile(columns, linear))
     np.testing.assert_array_equal(images.read_image(path), image)
@@ -342,7 +346,12 @@ def test_files_that_are_no_images(tmp_path, read, content, message):
         read(tmp_path / "a b.png")
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm"])
+DAMAGED_FORMATS = ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm"]
+if features.check("avif"):
+    DAMAGED_FORMATS.append("avif")
+
+
+@pytest.mark.parametrize("suffix", DAMAGED_FORMATS)
 def test_truncated_files(tmp_path, suffix):
     path = save(tmp_path / f"a.{suffix}", pattern(50, 60))
     content = path.read_bytes()
@@ -352,7 +361,7 @@ def test_truncated_files(tmp_path, suffix):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm"])
+@pytest.mark.parametrize("suffix", DAMAGED_FORMATS)
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_raise_nothing_else(tmp_path, suffix):
     path = save(tmp_path / f"a.{suffix}", pattern(9, 8))
@@ -635,3 +644,13 @@ def test_real_photographs(shared):
     for path, image in zip(paths, images.map_parallel(images.read_image, paths), strict=True):
         assert image.shape == (224, 224, 3), path
         assert images.read_size(path) == (224, 224)
+
+
+def test_normalization_table_is_normalize():
+    pixels = np.random.default_rng(0).integers(0, 256, size=(2, 5, 7, 3), dtype=np.uint8)
+    preprocessing = images.IMAGENET_PREPROCESSING
+    table = images.normalization_table(preprocessing)
+    found = table[pixels, np.arange(3)]
+    np.testing.assert_array_equal(found, images.normalize(pixels, preprocessing))
+    red = (np.float32(200) / np.float32(255) - np.float32(0.485)) / np.float32(0.229)
+    assert table[200, 0] == red

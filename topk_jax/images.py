@@ -373,6 +373,17 @@ def normalize(
     return (images.astype(np.float32) / np.float32(255) - mean) / std
 
 
+def normalization_table(preprocessing: Preprocessing) -> Float32[np.ndarray, "256 3"]:
+    """What `normalize` makes of each grey level in each channel, in NumPy's rounding.
+
+    A compiler that fuses the three operations rounds them differently; two networks that agree to
+    the last digit on the one input can disagree on the other, where Top-K meets near ties. Looking
+    the value up on the device gives the host's bits on every backend.
+    """
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
+    return normalize(levels, preprocessing)[:, 0]
+
+
 def list_images(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
     """Returns the image files of a folder (not of its subfolders), sorted by name.
 

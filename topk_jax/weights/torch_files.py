@@ -106,7 +106,7 @@ def _read(path: pathlib.Path, file: IO[bytes]) -> StateDict:
             raise ValueError(f"{what}; {_EXPECTED}")
     if head[257:262] == b"ustar":
         raise ValueError(f"a tar archive (torch before 0.1.10, or packed); {_EXPECTED}")
-    raise ValueError(f"neither format is known by its first bytes, {head[:8]!r}; {_EXPECTED}")
+    raise ValueError(f"an unknown format (its first bytes are {head[:8]!r}); {_EXPECTED}")
 
 
 def _read_safetensors(path: pathlib.Path) -> StateDict:
