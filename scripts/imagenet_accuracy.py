@@ -7,15 +7,15 @@ r"""Top-1 and top-5 accuracy of a network on ImageNet's classes, plain and with 
 The folder has one folder a class, named by its WordNet id; a part of the classes will do.
 """
 
+import shlex
+
 from absl import flags
 
 from topk_jax import cli
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "alexnet", "Network, by torchvision's name such as vgg16.")
-flags.DEFINE_string(
-    "weights", "imagenet", "imagenet (downloaded), or a .pth or .safetensors file."
-)
+flags.DEFINE_string("weights", "imagenet", "imagenet (downloaded), or a .pth or .safetensors file.")
 flags.DEFINE_string("data", None, "Folder <WordNet id>/<image> (no default).", required=True)
 flags.DEFINE_string(
     "sparsity",
@@ -58,7 +58,8 @@ def main(_) -> None:
     )
     if FLAGS.output_dir:
         print(f"written to {FLAGS.output_dir}: summary.json")
-    print(f"next, its shape bias: python scripts/shape_bias.py --model={FLAGS.model}")
+    weights = "" if FLAGS.weights == "imagenet" else f" --weights={shlex.quote(FLAGS.weights)}"
+    print(f"next, its shape bias: python scripts/shape_bias.py --model={FLAGS.model}{weights}")
 
 
 if __name__ == "__main__":

@@ -121,3 +121,17 @@ def test_batch_norm_with_running_statistics():
     found = layers.BatchNorm().apply(variables, x, use_running_average=True)
     expected = (x - mean) / np.sqrt(var + 1e-5) * scale + bias
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_max_pool_gives_the_gradient_to_the_first_of_equals():
+    x = np.zeros((1, 4, 4, 1), np.float32)
+    x[0, 0, 1] = x[0, 1, 0] = 1  # a tie on the diagonal: row-major order decides
+    gradient = jax.grad(lambda x: layers.max_pool(x, 2, 2).sum())(x)[0, :, :, 0]
+    expected = [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(gradient, expected)
+
+
+def test_max_pool_keeps_nan():
+    x = np.array([[np.nan, 1], [2, 3]], np.float32)[None, :, :, None]
+    assert np.isnan(layers.max_pool(x, 2, 2)).all()
+    assert np.isnan(layers.max_pool(x[:, ::-1, ::-1], 2, 2)).all()

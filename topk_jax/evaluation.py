@@ -38,7 +38,7 @@ def evaluate(
     batch_size: int = 64,
     subject: str = "network",
     session: int = 1,
-    devices: list[jax.Device] | None = None,
+    devices: list[parallel.Device] | None = None,
     progress: Progress = iter,
 ) -> Trials:
     """What a network answers to each stimulus.
@@ -100,7 +100,7 @@ def predict_logits(
     variables: Any = None,
     preprocessing: Preprocessing = IMAGENET_PREPROCESSING,
     batch_size: int = 64,
-    devices: list[jax.Device] | None = None,
+    devices: list[parallel.Device] | None = None,
     progress: Progress = iter,
 ) -> Iterator[Float[np.ndarray, "n classes"]]:
     """Logits of the stimuli batch by batch, in order; arguments as `evaluate`.

@@ -4,6 +4,7 @@ Data contract: NHWC, float32 (or bfloat16); functions are pure and keep the dtyp
 and ties follow PyTorch, since the networks are compared with it number by number.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -30,11 +31,30 @@ def max_pool(
 ) -> Float[Array, "n oh ow c"]:
     """PyTorch's `max_pool2d`; with `ceil`, windows that start inside the input or its left padding.
 
+    Written as maxima of strided slices: on a CPU this is twice as fast as `reduce_window`, and its
+    gradient five to ten times. Of equal entries the first in row-major order gets the gradient,
+    as in PyTorch, which is why columns are reduced before rows.
+
     Raises:
         ValueError: The input is smaller than one window.
     """
     pads = [_pool_padding(n, size, stride, padding, ceil) for n in x.shape[1:3]]
-    return nn.max_pool(x, (size, size), strides=(stride, stride), padding=pads)
+    for axis, (left, right) in ((2, pads[1]), (1, pads[0])):
+        if (left, right) != (0, 0):
+            config = [(0, 0, 0)] * 4
+            config[axis] = (left, right, 0)
+            x = jax.lax.pad(x, np.asarray(-np.inf, x.dtype), config)
+        last = x.shape[axis] - size
+        slices = [
+            jax.lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(size)
+        ]
+        x = functools.reduce(_first_maximum, slices)
+    return x
+
+
+def _first_maximum(a: Array, b: Array) -> Array:
+    """Elementwise maximum whose gradient goes to `a` where both are equal; NaN stays NaN."""
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
 
 def avg_pool(x: Float[Array, "n h w c"], size: int, stride: int) -> Float[Array, "n oh ow c"]:

@@ -14,8 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "devices"
 
+Device = Any
+"""A `jax.Device`; type checkers take that name for a variable."""
 
-def replicate(tree: Any, devices: list[jax.Device] | None = None) -> Any:
+
+def replicate(tree: Any, devices: list[Device] | None = None) -> Any:
     """Puts one copy of every leaf on each device; for `pmap` arguments with `in_axes=None`."""
     devices = devices or jax.local_devices()
     return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))
@@ -54,7 +57,7 @@ def map_batches(
     batches: Iterable[Any],
     *,
     batch_size: int,
-    devices: list[jax.Device] | None = None,
+    devices: list[Device] | None = None,
     ahead: int = 2,
 ) -> Iterator[Any]:
     """Applies `function(state, batch)` to each batch, spread over all devices.

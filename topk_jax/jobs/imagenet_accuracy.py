@@ -78,9 +78,7 @@ def ranks(
     return ((logits > right) | ((logits == right) & earlier)).sum(axis=1)
 
 
-def with_transform(
-    stimuli: Stimuli, transform: Transform, preprocessing: Preprocessing
-) -> Stimuli:
+def with_transform(stimuli: Stimuli, transform: Transform, preprocessing: Preprocessing) -> Stimuli:
     """The stimuli as a transform leaves them.
 
     Args:

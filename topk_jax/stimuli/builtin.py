@@ -52,6 +52,15 @@ _SHAPE_EXEMPLARS = 10
 _TEXTURE_EXEMPLARS = 3
 _PER_PAIR = 5
 
+# Strengths of the two cues, of full brightness: a texture's colours lie this far from their mean on
+# either side, and figure and ground this far apart. Each cue is as strong where it stands alone as
+# in the images that have both.
+_CONTRAST = (0.06, 0.16)
+_STEP = (0.2, 0.45)
+_MIDDLE = (0.4, 0.6)
+# In training the texture may be faint, down to nothing, so that one cue does not hide the other.
+_TRAINING_CONTRAST = (0.0, 0.16)
+
 Image = UInt8[np.ndarray, "64 64 3"]
 Colors = Float[np.ndarray, "2 3"]
 
@@ -80,15 +89,17 @@ def _rng(seed: int, stream: _Stream, *rest: int) -> np.random.Generator:
     return np.random.default_rng([seed, stream, *rest])
 
 
-def _palettes(rng: np.random.Generator) -> tuple[Colors, Colors]:
+def _palettes(
+    rng: np.random.Generator, contrast: tuple[float, float] = _CONTRAST
+) -> tuple[Colors, Colors]:
     """Dark and light colour of the ground and of the figure, in [0, 1]."""
-    step = rng.uniform(0.12, 0.32) * rng.choice((-1.0, 1.0))
-    middle = rng.uniform(0.42, 0.58)
-    tint = rng.uniform(-0.12, 0.12, (2, 1, 3))  # of the region
-    hue = rng.uniform(-0.08, 0.08, (2, 2, 3))  # of each colour
-    contrast = rng.uniform(0.16, 0.3, (2, 1, 1)) * np.array([[-1.0], [1.0]])
+    step = rng.uniform(*_STEP) * rng.choice((-1.0, 1.0))
+    middle = rng.uniform(*_MIDDLE)
+    tint = rng.uniform(-0.1, 0.1, (2, 1, 3))  # of the region
+    hue = rng.uniform(-0.3, 0.3, (2, 2, 3))  # of each colour, relative to the contrast
+    amplitude = rng.uniform(*contrast, (2, 1, 1)) * (np.array([[-1.0], [1.0]]) + hue)
     brightness = middle + np.array([-step, step]).reshape(2, 1, 1) / 2
-    ground, figure = np.clip(brightness + tint + hue + contrast, 0, 1).astype(np.float32)
+    ground, figure = np.clip(brightness + tint + amplitude, 0, 1).astype(np.float32)
     return ground, figure
 
 
@@ -101,12 +112,17 @@ def _paint(field: Float[np.ndarray, "h w"], colors: Colors) -> Float[np.ndarray,
 
 
 def _draw_textured(
-    shape: str, texture: str, shape_rng: np.random.Generator, texture_rng: np.random.Generator
+    shape: str,
+    texture: str,
+    shape_rng: np.random.Generator,
+    texture_rng: np.random.Generator,
+    *,
+    contrast: tuple[float, float] = _CONTRAST,
 ) -> Image:
     """Figure and ground with two samples of one texture, in different colours."""
     size = BUILTIN_IMAGE_SIZE
     mask = draw_silhouette(shape, shape_rng, size=size)[..., None]
-    ground_colors, figure_colors = _palettes(texture_rng)
+    ground_colors, figure_colors = _palettes(texture_rng, contrast)
     field = draw_texture(BUILTIN_TEXTURES[texture], texture_rng, height=size, width=2 * size)
     ground = _paint(field[:, :size], ground_colors)
     figure = _paint(field[:, size:], figure_colors)
@@ -116,8 +132,8 @@ def _draw_textured(
 def _draw_plain(shape: str, rng: np.random.Generator) -> Image:
     """One grey on another grey."""
     mask = draw_silhouette(shape, rng, size=BUILTIN_IMAGE_SIZE)[..., None]
-    step = rng.uniform(0.2, 0.5) * rng.choice((-1.0, 1.0))
-    middle = rng.uniform(0.35, 0.65)
+    step = rng.uniform(*_STEP) * rng.choice((-1.0, 1.0))
+    middle = rng.uniform(*_MIDDLE)
     grey = np.float32(middle - step / 2) + np.float32(step) * mask
     return _quantize(np.repeat(grey, 3, axis=2))
 
@@ -206,9 +222,15 @@ def _single_condition(
     )
 
 
-def _draw_kind(kind: _Stream, category: str, rng: np.random.Generator) -> Image:
+def _draw_kind(
+    kind: _Stream,
+    category: str,
+    rng: np.random.Generator,
+    *,
+    contrast: tuple[float, float] = _CONTRAST,
+) -> Image:
     if kind == _Stream.CONGRUENT:
-        return _draw_textured(category, category, rng, rng)
+        return _draw_textured(category, category, rng, rng, contrast=contrast)
     if kind == _Stream.SILHOUETTE:
         return _draw_plain(category, rng)
     return _draw_full(category, rng)
@@ -295,5 +317,7 @@ def builtin_training_images(
     for k in range(count):
         rng = _rng(seed, _Stream.TRAINING, k)
         kind = kinds[int(np.searchsorted(limits, rng.uniform(), side="right"))]
-        images[k] = _draw_kind(kind, BUILTIN_CATEGORIES[labels[k]], rng)
+        images[k] = _draw_kind(
+            kind, BUILTIN_CATEGORIES[labels[k]], rng, contrast=_TRAINING_CONTRAST
+        )
     return images, labels

@@ -78,7 +78,9 @@ def read_class_folders(folder: str | os.PathLike[str]) -> Stimuli:
         if path.name not in known:
             near = difflib.get_close_matches(path.name, wnids, 1, cutoff=0.8)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"{path}: no class of ImageNet has this name{hint}; expected {_LAYOUT}")
+            raise ValueError(
+                f"{path}: no class of ImageNet has this name{hint}; expected {_LAYOUT}"
+            )
     paths = [path for each in classes for path in _images_of_class(each)]
     for _ in images.map_parallel(images.read_size, paths):
         pass

@@ -50,7 +50,7 @@ def fit(
     *,
     report: Report,
     log_every: int = 100,
-    devices: list[jax.Device] | None = None,
+    devices: list[parallel.Device] | None = None,
 ) -> TrainState:
     """Runs `step` over all batches.
 

@@ -16,10 +16,10 @@ from topk_jax.images import IMAGENET_PREPROCESSING, Preprocessing
 BUILTIN_FILE = "builtin.safetensors"
 """Name, within this package, of the weights of the built-in network."""
 
-BUILTIN_SHA256 = ""
+BUILTIN_SHA256 = "9e72d17d31c5f95b27a515f70094d67285129b65a214f9b68a186833d6b5e6fe"
 """All 64 digits of that file's SHA-256; while it is empty, "builtin" is refused."""
 
-BUILTIN_PARAMETERS = 257_424
+BUILTIN_PARAMETERS = 257424
 """Number of parameters in that file."""
 
 BUILTIN_PREPROCESSING = Preprocessing(64, 64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
