@@ -150,7 +150,7 @@ def test_the_same_decisions_on_1_and_on_8_devices():
 
 
 def faulty_layer(x: jax.Array, fraction: float) -> jax.Array:
-    """Ye et al.'s layer: keeps entries whose ascending rank is below a position (a bug of theirs)."""
+    """Ye et al.'s layer, a bug: keeps entries whose ascending rank is below a position."""
     n, h, w, c = x.shape
     rows = x.reshape(n, h * w, c)
     order = jax.numpy.argsort(jax.numpy.abs(rows), axis=1)
@@ -171,7 +171,7 @@ def test_faulty_layer_is_the_published_one():
 
 
 def test_networks_at_chance_are_flagged():
-    """The faulty layer at every pool, and answers shuffled over images; the plain network is not."""
+    """The faulty layer at every pool, and shuffled answers; the plain network is not."""
     plain = evaluate_builtin(builtin_predict())
     assert not metrics.shape_bias(plain, bootstrap=0).at_chance
 
@@ -239,7 +239,9 @@ def test_squeezenet_on_the_real_stimuli(shared, squeezenet, fraction):
     expected = {row["image"]: row["decision"] for row in rows}
     found = logits(FRACTIONS[fraction])
     answers = decisions.decide(found, IMAGENET16)
-    same = [expected[name] == answer for name, answer in zip(stimuli.image_names, answers)]
+    same = [
+        expected[name] == answer for name, answer in zip(stimuli.image_names, answers, strict=True)
+    ]
     assert len(same) == 256
     assert np.mean(same) >= 0.995
     if fraction == "1":

@@ -213,9 +213,10 @@ def test_no_decision_at_all_is_nan_and_said(data, tmp_path):
     )
     (row,) = summary["subjects"]
     assert math.isnan(row["shape_bias"])
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["subjects"][0][
-        "shape_bias"
-    ] is None
+    assert (
+        json.loads((tmp_path / "out" / "summary.json").read_text())["subjects"][0]["shape_bias"]
+        is None
+    )
     assert any("no decision" in line for line in lines)
 
 
@@ -341,7 +342,9 @@ def test_a_full_disk_keeps_what_is_done(data, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     out = tmp_path / "out"
-    code, _, err = run_script(capsys, f"--data={data}", f"--output_dir={out}", "--sparsity=0.5", "--sites=pool5")
+    code, _, err = run_script(
+        capsys, f"--data={data}", f"--output_dir={out}", "--sparsity=0.5", "--sites=pool5"
+    )
     assert code == 1
     errors = [line for line in err.splitlines() if line.startswith("error")]
     assert len(errors) == 1

@@ -1,4 +1,4 @@
-"""Networks against torchvision's modules: stored outputs everywhere, the modules themselves by hand."""
+"""Networks against torchvision: stored outputs everywhere, its modules where it is installed."""
 
 import importlib.util
 
@@ -158,7 +158,7 @@ def test_asking_for_features_never_changes_logits():
 
 
 def test_features_are_what_the_next_layer_sees():
-    """Each site's feature has k nonzero entries a map, and the network differs from the plain one."""
+    """Each site's feature has k nonzero entries a map; what follows differs from the plain."""
     sites = {"pool1": 0.1, "relu2_1": TopK(0.25, keep="rest")}
     network = small(topk=sites)
     images = reference_weights.image(32)
@@ -185,9 +185,9 @@ def test_average_pooling_is_an_option_of_vgg():
 
 
 def test_errors_name_what_would_be_right():
-    with pytest.raises(ValueError, match="unknown network 'vgg61': did you mean .*vgg16"):
+    with pytest.raises(ValueError, match=r"unknown network 'vgg61': did you mean .*vgg16"):
         create_network("vgg61")
-    with pytest.raises(ValueError, match="unknown Top-K site 'pool6': .*pool5"):
+    with pytest.raises(ValueError, match=r"unknown Top-K site 'pool6': .*pool5"):
         create_network("vgg16", topk={"pool6": 0.1})
     for fraction in (0.0, -1.0, 1.5):
         with pytest.raises(ValueError, match="fraction must be in"):

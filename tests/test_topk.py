@@ -186,7 +186,8 @@ def test_every_nan_ranks_alike_whatever_its_bits():
 
 
 @pytest.mark.parametrize(
-    ("axes", "shape"), [((1,), (3, 8, 5)), ((0, 2), (4, 3, 5)), ((0, 1, 2), (3, 4, 5)), ((-1,), (7,))]
+    ("axes", "shape"),
+    [((1,), (3, 8, 5)), ((0, 2), (4, 3, 5)), ((0, 1, 2), (3, 4, 5)), ((-1,), (7,))],
 )
 def test_any_axes(axes, shape):
     x = np.random.default_rng(2).normal(size=shape).astype(np.float32)

@@ -65,7 +65,9 @@ def module_of(name: str, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         for module in model.features:
             kind = type(module).__name__
             number += kind == "Conv2d"
-            found[{"Conv2d": "conv", "ReLU": "relu", "MaxPool2d": "pool"}[kind] + str(number)] = module
+            found[{"Conv2d": "conv", "ReLU": "relu", "MaxPool2d": "pool"}[kind] + str(number)] = (
+                module
+            )
         first = 1
     else:
         stage, number = 1, 0

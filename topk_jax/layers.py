@@ -14,8 +14,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 
-def conv(features: int, size: int, *, stride: int = 1, padding: int = 0, bias: bool = True, name: str):
-    """Linen convolution with PyTorch's explicit symmetric padding ("SAME" differs at stride > 1)."""
+def conv(
+    features: int, size: int, *, stride: int = 1, padding: int = 0, bias: bool = True, name: str
+):
+    """Convolution with PyTorch's symmetric padding, which "SAME" is not where the stride is > 1."""
     return nn.Conv(
         features,
         (size, size),
@@ -45,9 +47,7 @@ def max_pool(
             config[axis] = (left, right, 0)
             x = jax.lax.pad(x, np.asarray(-np.inf, x.dtype), config)
         last = x.shape[axis] - size
-        slices = [
-            jax.lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(size)
-        ]
+        slices = [jax.lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(size)]
         x = functools.reduce(_first_maximum, slices)
     return x
 
@@ -84,7 +84,7 @@ def _pool_padding(n: int, size: int, stride: int, padding: int, ceil: bool) -> t
 
 
 def adaptive_avg_pool(x: Float[Array, "n h w c"], size: int) -> Float[Array, "n size size c"]:
-    """PyTorch's `adaptive_avg_pool2d`: bin `i` averages from `floor(i n / o)` to `ceil((i+1) n / o)`."""
+    """PyTorch's `adaptive_avg_pool2d`: bin i averages floor(i n / o) up to ceil((i + 1) n / o)."""
     if x.shape[1:3] == (size, size):
         return x
     if size == 1:

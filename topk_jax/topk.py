@@ -26,7 +26,7 @@ SPATIAL = (-3, -2)
 
 
 def kept_count(fraction: float, sizes: Sequence[int]) -> int:
-    """Number of entries kept of a row of `prod(sizes)` positions: `int(max(1, fraction * n1 * n2))`.
+    """Number of entries kept of a row of n1 * n2 positions: `int(max(1, fraction * n1 * n2))`.
 
     The product runs in float64 from left to right over the axes in ascending order, as the authors'
     code does; another order can differ by one (fraction .29 of 10x10 is 29, not 28).
@@ -92,8 +92,8 @@ def topk_activation(
     """`x` where `topk_mask` is True, else +0. Kept entries keep their value and sign.
 
     The gradient is the mask. Each entry of `x` appears, bit for bit, in exactly one of the results
-    for `keep="top"` and `keep="rest"`; `fraction=1` with `keep="top"` is the identity. Arguments and
-    errors are those of `topk_mask`.
+    for `keep="top"` and `keep="rest"`; `fraction=1` with `keep="top"` is the identity. Arguments
+    and errors are those of `topk_mask`.
     """
     mask = topk_mask(x, fraction, axes=axes, rank_by=rank_by, keep=keep)
     # Not a product: inf * 0 is NaN, and -1 * 0 is -0.
@@ -157,5 +157,7 @@ def _top_mask(
         moved_axes = tuple(range(len(others), x.ndim))
         mask = _top_mask(jnp.transpose(x, order), k, moved_axes, rank_by)
         return jnp.transpose(mask, [order.index(axis) for axis in range(x.ndim)])
-    b, n, c = (math.prod(s) for s in (x.shape[:first], x.shape[first : last + 1], x.shape[last + 1 :]))
+    b, n, c = (
+        math.prod(s) for s in (x.shape[:first], x.shape[first : last + 1], x.shape[last + 1 :])
+    )
     return xla.mask(x.reshape(b, n, c), k, rank_by).reshape(x.shape)

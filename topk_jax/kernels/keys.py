@@ -29,7 +29,7 @@ def bounds(dtype: jnp.dtype, rank_by: RankBy) -> tuple[int, int]:
 
 
 def keys(x: Float[Array, "*shape"], rank_by: RankBy) -> Int[Array, "*shape"]:
-    """Ordered int32 keys of `x` by `|x|` or by `x`; elementwise, so that it fuses with its reader."""
+    """Ordered int32 keys of `x` by `|x|` or by `x`; elementwise, so that it fuses into readers."""
     bits = jax.lax.bitcast_convert_type(x, _INT_OF_WIDTH[x.dtype.itemsize]).astype(jnp.int32)
     magnitude_bits = 0x7FFFFFFF if x.dtype.itemsize == 4 else 0x7FFF
     _, largest = bounds(x.dtype, rank_by)

@@ -61,7 +61,9 @@ def mask(x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy) -> Bool[A
     return _mask_plain(x, k, rank_by)
 
 
-def _mask_composite(x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy) -> Bool[Array, "b n c"]:
+def _mask_composite(
+    x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy
+) -> Bool[Array, "b n c"]:
     """16-bit keys with the position below them: no two are equal, so there is no tie to cut."""
     b, n, c = x.shape
 
@@ -82,7 +84,9 @@ def _mask_composite(x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy
     return keys_of(0, n) >= found.low[:, None, :]
 
 
-def _mask_plain(x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy) -> Bool[Array, "b n c"]:
+def _mask_plain(
+    x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy
+) -> Bool[Array, "b n c"]:
     """Keys of any width; ties at the threshold are cut by a second search over positions."""
     b, n, c = x.shape
 
@@ -112,9 +116,7 @@ def _mask_plain(x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy) ->
         cut = _search(order_of, (b, n, c), k, 0, n + 1, first, _TIE_SLICES)
         return order_of(0, n) >= cut.low[:, None, :]
 
-    return jax.lax.cond(
-        jnp.any(found.count_low != k), cut_ties, lambda: keys_of(0, n) >= threshold
-    )
+    return jax.lax.cond(jnp.any(found.count_low != k), cut_ties, lambda: keys_of(0, n) >= threshold)
 
 
 def _search(
@@ -190,9 +192,7 @@ def _next_thresholds(
     return jnp.stack(thresholds)
 
 
-def _first_thresholds(
-    x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy
-) -> _Thresholds:
+def _first_thresholds(x: Float[Array, "b n c"], k: Int[Array, ""], rank_by: RankBy) -> _Thresholds:
     """Guesses from the mean magnitude of a sample, as if the data were normal, and the key 1.
 
     Behind a ReLU many rows have fewer than `k` positive entries: counting the keys >= 1 ends their

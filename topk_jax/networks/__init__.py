@@ -51,8 +51,8 @@ def create_network(name: str, *, topk: TopKSites = None, **options: Any) -> Netw
 
     Args:
         name: One of `list_networks()`.
-        topk: None, a kept fraction in (0, 1] for the published sites, or a mapping from feature name
-            to a fraction or a `TopK`.
+        topk: None, a kept fraction in (0, 1] for the published sites, or a mapping from feature
+            name to a fraction or a `TopK`.
         **options: Further fields of the network's class, such as `num_classes` or, for VGG, `pool`.
 
     Raises:
@@ -75,11 +75,11 @@ def variable_shapes(network: Network, *, image_size: int = 224) -> dict[str, Any
 
 
 __all__ = [
+    "VGG",
     "AlexNet",
     "Network",
     "ResNet",
     "SqueezeNet",
-    "VGG",
     "create_network",
     "list_networks",
     "variable_shapes",

@@ -48,7 +48,9 @@ class Block(nn.Module):
             return module(x, use_running_average=not train)
 
         out = 4 * self.width if self.bottleneck else self.width
-        sizes = ((1, 1), (3, self.stride), (1, 1)) if self.bottleneck else ((3, self.stride), (3, 1))
+        sizes = (
+            ((1, 1), (3, self.stride), (1, 1)) if self.bottleneck else ((3, self.stride), (3, 1))
+        )
         y = x
         for i, (size, stride) in enumerate(sizes, start=1):
             width = out if i == len(sizes) else self.width

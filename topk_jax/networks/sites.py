@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from jaxtyping import Array, Float
 
@@ -47,8 +48,8 @@ class Features(dict[str, Array]):
         self._sites = sites
 
     def site(self, name: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Records `x` under `name`, after Top-K where there is a site, and returns what it records."""
+        """Records `x` under `name`, after Top-K where there is a site, and returns that."""
         if name in self._sites:
-            x = self._sites[name].apply({}, x)
+            x = cast(Array, self._sites[name].apply({}, x))
         self[name] = x
         return x

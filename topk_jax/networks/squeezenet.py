@@ -2,8 +2,8 @@
 
 `logits, features = network.apply(variables, images, train=False)`; images are float32 NHWC,
 normalised. Features: `conv1 relu1 pool1 fire2 fire3 ... conv10 logits`, pools named after
-the block before them. Top-K sites of a single fraction: after each max-pool (ours: Li et al. did not
-publish this network).
+the block before them. Top-K sites of a single fraction: after each max-pool (ours: Li et al. did
+not publish this network).
 """
 
 from typing import Literal
