@@ -17,12 +17,18 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> None:
     del argv
+    config = _CONFIG.value
+    try:
+        config.to_dict()
+    except OSError as error:  # a file that is not there; ml_collections says so only when asked
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise FileNotFoundError(f"--config={path}: no such file; see configs/") from error
     cli.enable_compilation_cache(flags.FLAGS.compilation_cache_dir)
     from topk_jax import training  # JAX's backends start after the cache is set
 
     print(cli.device_line(), flush=True)
     result = training.train_builtin(
-        _CONFIG.value, _WORKDIR.value, report=lambda line: print(line, flush=True)
+        config, _WORKDIR.value, report=lambda line: print(line, flush=True)
     )
     for name, value in result.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

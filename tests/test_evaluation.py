@@ -239,9 +239,8 @@ def test_squeezenet_on_the_real_stimuli(shared, squeezenet, fraction):
     expected = {row["image"]: row["decision"] for row in rows}
     found = logits(FRACTIONS[fraction])
     answers = decisions.decide(found, IMAGENET16)
-    same = [
-        expected[name] == answer for name, answer in zip(stimuli.image_names, answers, strict=True)
-    ]
+    names = stimuli.image_names
+    same = [expected[name] == answer for name, answer in zip(names, answers, strict=True)]
     assert len(same) == 256
     assert np.mean(same) >= 0.995
     if fraction == "1":

@@ -1,7 +1,10 @@
 import functools
 import importlib.util
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from topk_jax import parallel, training, weights
+from topk_jax import files, parallel, training, weights
 from topk_jax.images import Preprocessing
 from topk_jax.networks.vgg import VGG
 from topk_jax.training import builtin, loop
@@ -145,9 +148,20 @@ def test_fit_learns_a_small_problem_and_reports():
 
 def test_a_loss_that_is_not_finite_ends_the_run():
     records = []
-    with pytest.raises(FloatingPointError, match="lower learning rate"):
+    with pytest.raises(RuntimeError, match=r"the loss is .* lower learning rate"):
         fit_small(records.append, learning_rate=np.inf)
     assert not np.isfinite(records[-1]["loss"])
+
+
+def test_parameters_that_are_not_finite_after_the_last_step_are_refused():
+    images, labels = small_data(4)
+    batches = training.shuffled_batches(images, labels, batch_size=4, epochs=1, seed=0)
+    network, optimizer = small_network(), optax.sgd(np.inf)
+    step = training.make_train_step(network, optimizer, preprocessing=SMALL)
+    state, records = start(network, optimizer), []
+    with pytest.raises(RuntimeError, match="parameters are not finite"):
+        training.fit(step, state, batches, report=records.append, devices=jax.devices()[:1])
+    assert np.isfinite(records[-1]["loss"])
 
 
 def test_batches_show_every_image_once_an_epoch():
@@ -233,6 +247,23 @@ def test_builtin_run_writes_weights_that_load_and_is_not_repeated(tmp_path):
     assert "finished" in lines[-1]
 
 
+@pytest.mark.parametrize("name", ["images", "epochs", "batch_size"])
+def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, name):
+    config = committed_config()
+    config[name] = 0
+    with pytest.raises(ValueError, match=f"config.{name} is 0: expected 1 or more"):
+        training.train_builtin(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path):
+    config = committed_config()
+    with files.run_folder(tmp_path, config.to_dict() | {"epochs": 99}):
+        pass
+    with pytest.raises(ValueError, match="epochs was 99, now 6"):
+        training.train_builtin(config, str(tmp_path))
+
+
 def test_committed_network_knows_both_cues():
     variables = weights.load_variables("builtin", "builtin")
     network = builtin.create_network("builtin")
@@ -240,3 +271,22 @@ def test_committed_network_knows_both_cues():
     assert result["congruent_accuracy"] >= 0.95
     assert result["silhouette_accuracy"] >= 0.5
     assert result["texture_accuracy"] >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/nope.py"], "error: --config=configs/nope.py: no such file"),
+        (["--config=configs/builtin.py", "--config.epoch=3"], "epochs"),
+    ],
+)
+def test_script_reports_bad_flags_in_one_line(tmp_path, flags, message):
+    done = subprocess.run(
+        [sys.executable, "scripts/train.py", f"--workdir={tmp_path / 'run'}", *flags],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

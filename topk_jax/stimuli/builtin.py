@@ -55,11 +55,11 @@ _PER_PAIR = 5
 # Strengths of the two cues, of full brightness: a texture's colours lie this far from their mean on
 # either side, and figure and ground this far apart. Each cue is as strong where it stands alone as
 # in the images that have both.
-_CONTRAST = (0.06, 0.16)
+_CONTRAST = (0.1, 0.22)
 _STEP = (0.2, 0.45)
 _MIDDLE = (0.4, 0.6)
 # In training the texture may be faint, down to nothing, so that one cue does not hide the other.
-_TRAINING_CONTRAST = (0.0, 0.16)
+_TRAINING_CONTRAST = (0.0, 0.22)
 
 Image = UInt8[np.ndarray, "64 64 3"]
 Colors = Float[np.ndarray, "2 3"]

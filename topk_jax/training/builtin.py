@@ -93,7 +93,14 @@ def train_builtin(
 
     Returns:
         The result of `measure` and the `sha256` of the weights.
+
+    Raises:
+        ValueError: A setting out of range, or `workdir` belongs to another run.
+        RuntimeError: The loss or a parameter is no longer finite.
     """
+    for name in ("images", "epochs", "batch_size", "log_every", "test_per_category"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name} is {config[name]}: expected 1 or more")
     with files.run_folder(workdir, config.to_dict()) as folder:
         if folder.previous is not None and "result" in folder.previous:
             report(f"{workdir} holds the finished run of this config")

@@ -68,7 +68,8 @@ def fit(
         The last state, replicated over the devices.
 
     Raises:
-        FloatingPointError: The loss is not finite; noticed at the next record.
+        RuntimeError: The loss is not finite (noticed at the next record), or the parameters at
+            the end are not.
     """
     devices = devices or jax.local_devices()
     mapped = jax.pmap(
@@ -99,7 +100,7 @@ def fit(
             }
         )
         if not np.isfinite(loss):
-            raise FloatingPointError(
+            raise RuntimeError(
                 f"the loss is {loss} by step {int(state.step)}: a lower learning rate may help"
             )
         pending.clear()
@@ -112,4 +113,10 @@ def fit(
             record()
     if pending:
         record()
+    for leaf in jax.tree.leaves(jax.device_get(state.variables)):
+        if not np.all(np.isfinite(leaf)):
+            raise RuntimeError(
+                f"parameters are not finite after step {int(state.step)}: a lower learning rate "
+                "may help"
+            )
     return state
