@@ -188,7 +188,9 @@ def test_networks_at_chance_are_flagged():
             x = jax.nn.relu(x + layer["bias"][None, None, None])
             n, h, w, c = x.shape
             x = x.reshape(n, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
-            x = faulty_layer(x, 0.1)
+            # At .05, .3, .4 and .5 this network is at chance; at .1 and .2 it decides .148 of the
+            # images, a little above the .125 of guessing, and is rightly not flagged.
+            x = faulty_layer(x, 0.4)
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         names = sorted(name for name in params if name.startswith("classifier"))
         for i, name in enumerate(names):
