@@ -97,12 +97,35 @@ def test_torchvision_module(name, side):
         network = create_network(name, topk=fraction)
         apply = jax.jit(lambda v, x, network=network: network.apply(v, x, train=False))
         logits, features = apply(variables, images)
-        expected = torch_reference.features(name, model, images, fraction)
+        expected = torch_reference.features(
+            name, model, images, fraction, continue_with=features if fraction else None
+        )
         assert list(expected) == list(network.feature_names)
         assert relative_error(logits, expected["logits"]) < 1e-4
+        sites = network.published_sites if fraction else ()
         for key, value in expected.items():
-            error = relative_error(features[key], value)
-            assert error < 1e-4, f"{key} with Top-K {fraction}: {error:.2g}"
+            found = np.asarray(features[key])
+            if key in sites:
+                assert_equal_but_for_near_ties(found, value)
+            else:
+                error = relative_error(found, value)
+                assert error < 1e-4, f"{key} with Top-K {fraction}: {error:.2g}"
+
+
+def assert_equal_but_for_near_ties(found, expected):
+    """Maps after Top-K: where they kept different entries, these are as large as the smallest kept.
+
+    Rounding differs between the two libraries by about 1e-6; among the 12,544 entries of a map some
+    lie as close as that to the cut. There are few of them.
+    """
+    assert found.shape == expected.shape
+    turned = (found != 0) != (expected != 0)
+    assert turned.mean() < 1e-4
+    scale = np.abs(expected).max()
+    assert np.abs(np.where(turned, 0, found - expected)).max() < 1e-4 * scale
+    smallest = np.where(expected != 0, np.abs(expected), np.inf).min(axis=(1, 2), keepdims=True)
+    at_cut = np.abs(np.maximum(np.abs(found), np.abs(expected)) - smallest)
+    assert np.where(turned, at_cut, 0).max() < 1e-4 * scale
 
 
 @pytest.mark.parity
