@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -9,6 +10,10 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import chex
 import jax
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts background jobs deaf to Ctrl-C, and the scripts under test would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 chex.set_n_cpu_devices(8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
