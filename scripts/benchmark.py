@@ -2,9 +2,10 @@ r"""Measures speed, side by side with PyTorch where it is installed.
 
     python scripts/benchmark.py inference
     python scripts/benchmark.py inference --networks=vgg16 --batch_size=8 --output=speed.json
+    python scripts/benchmark.py topk --shapes=16x28x28x512 --sparsity=0.05,0.5
 
-inference: images a second of whole networks, plain and with Top-K. Leave the machine alone
-meanwhile. `taskset -c 0,1 python ...` limits both sides to two cores.
+inference: images a second of whole networks, plain and with Top-K. topk: the activation alone.
+Leave the machine alone meanwhile. `taskset -c 0,1 python ...` limits both sides to two cores.
 """
 
 import shlex
@@ -16,19 +17,30 @@ from topk_jax import cli
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum(
-    "benchmark", "inference", ["inference"], "What is measured; also written as the first word."
+    "benchmark",
+    "inference",
+    ["inference", "topk"],
+    "What is measured; also written as the first word.",
 )
 flags.DEFINE_list(
     "networks", "alexnet,vgg16,resnet50,squeezenet1_1", "Networks, separated by commas."
 )
 flags.DEFINE_string(
     "sparsity",
-    "0.1",
-    "Kept fractions of each feature map, in (0, 1], separated by commas; the plain networks are "
-    "always measured.",
+    "",
+    "Kept fractions of each feature map, in (0, 1], separated by commas. Default: 0.1 for "
+    "inference, where the plain networks are always measured; 0.05,0.1,0.2,0.5 for topk.",
 )
-flags.DEFINE_integer("batch_size", 32, "Images a call.", lower_bound=1)
-flags.DEFINE_integer("image_size", 224, "Side of the images, pixels.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 32, "inference: images a call.", lower_bound=1)
+flags.DEFINE_integer("image_size", 224, "inference: side of the images, pixels.", lower_bound=1)
+flags.DEFINE_list("shapes", "", "topk: shapes, as 16x28x28x512 (NHWC). Default: thirteen.")
+flags.DEFINE_list("dtypes", "float32,bfloat16", "topk: types, separated by commas.")
+flags.DEFINE_enum(
+    "data",
+    "normal",
+    ["normal", "relu", "coarse"],
+    "topk: unit normal numbers, with half of them zero, or in quarter steps with many ties.",
+)
 flags.DEFINE_integer("rounds", 5, "How often each candidate is timed.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of the random weights and images.", lower_bound=0)
 flags.DEFINE_bool("compare", True, "Measure PyTorch too.")
@@ -36,30 +48,43 @@ flags.DEFINE_string("output", "", "A .md or .json file to add the results to. De
 
 
 def main(_) -> None:
-    sparsities = cli.parse_fractions(FLAGS.sparsity)
+    fractions = cli.parse_fractions(FLAGS.sparsity) if FLAGS.sparsity else None
+    shapes = [cli.parse_shape(text) for text in FLAGS.shapes]
     # Compiled anew unless a folder is named: the time that it takes is part of the result.
     cli.enable_compilation_cache(FLAGS.compilation_cache_dir or "")
 
-    from topk_jax.jobs import benchmark_inference
+    from topk_jax.jobs import benchmark_inference, benchmark_topk
 
     print(cli.device_line(), flush=True)
     arguments = [word for word in sys.argv[1:] if not word.startswith("--output=")]
+    common = {
+        "rounds": FLAGS.rounds,
+        "seed": FLAGS.seed,
+        "compare": FLAGS.compare,
+        "output": FLAGS.output,
+        "command": f"python scripts/benchmark.py {shlex.join(arguments)}",
+        "report": lambda line: print(line, flush=True),
+    }
+    if FLAGS.benchmark == "topk":
+        benchmark_topk.run(
+            shapes=shapes or benchmark_topk.SHAPES,
+            fractions=fractions or benchmark_topk.FRACTIONS,
+            dtypes=FLAGS.dtypes,
+            data=FLAGS.data,
+            **common,
+        )
+        return
     benchmark_inference.run(
         FLAGS.networks,
-        sparsities=sparsities,
+        sparsities=fractions or (0.1,),
         batch_size=FLAGS.batch_size,
         image_size=FLAGS.image_size,
-        rounds=FLAGS.rounds,
-        seed=FLAGS.seed,
-        compare=FLAGS.compare,
-        output=FLAGS.output,
-        command=f"python scripts/benchmark.py {shlex.join(arguments)}",
-        report=lambda line: print(line, flush=True),
+        **common,
     )
 
 
 def with_first_word(argv: list[str]) -> list[str]:
-    """Writes `inference` in front as the flag that it stands for."""
+    """Writes the first word, `inference` or `topk`, as the flag that it stands for."""
     if len(argv) > 1 and not argv[1].startswith("-"):
         return [argv[0], f"--benchmark={argv[1]}", *argv[2:]]
     return argv

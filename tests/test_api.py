@@ -16,14 +16,16 @@ from topk_jax import (
     metrics,
     networks,
     parallel,
+    selection,
     stimuli,
+    telemetry,
     topk,
     weights,
 )
 
 MODULES = (
     *(topk_jax, decisions, evaluation, figures, files, images, metrics, networks, parallel),
-    *(stimuli, topk, weights),
+    *(selection, stimuli, telemetry, topk, weights),
 )
 
 

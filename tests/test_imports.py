@@ -13,14 +13,16 @@ PACKAGE = ROOT / "topk_jax"
 # Room -> rooms of ours that it may import, wherever in a file the import stands.
 _TABLES = {"decisions", "trials", "files"}
 _DATA = _TABLES | {"images", "download", "stimuli"}
-_NETWORKS = {"topk", "kernels", "layers", "networks", "weights"}
+_NETWORKS = {"topk", "kernels", "selection", "telemetry", "layers", "networks", "weights"}
 _RUNS = {"evaluation", "training", "parallel", "metrics"}
 ALLOWED = {
     "kernels": set(),
     "metrics": set(),
     "files": set(),
     "parallel": set(),
-    "topk": {"kernels"},
+    "selection": {"kernels"},
+    "topk": {"kernels", "selection"},
+    "telemetry": {"kernels", "topk"},
     "layers": {"topk"},
     "trials": {"files"},
     "decisions": {"trials", "files"},

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,8 +15,7 @@ from topk_jax.images import IMAGENET_PREPROCESSING
 from topk_jax.jobs import imagenet_accuracy
 from topk_jax.networks import create_network, variable_shapes
 from topk_jax.stimuli import imagenet
-from topk_jax.weights import write_state_dict
-from topk_jax.weights.conversion import _TORCH_NAMES
+from topk_jax.weights import variables_to_state_dict, write_state_dict
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLASSES = ("n01440764", "n02102040", "n03888257")
@@ -36,19 +36,9 @@ def pictures(tmp_path) -> pathlib.Path:
 @pytest.fixture
 def weights(tmp_path) -> pathlib.Path:
     """SqueezeNet whose logits hardly depend on the image: the larger, the lower the class."""
-    state = {}
-
-    def fill(tree, path):
-        for key, value in tree.items():
-            if hasattr(value, "items"):
-                fill(value, (*path, key))
-                continue
-            shape = value.shape
-            if key == "kernel":
-                shape = (shape[3], shape[2], shape[0], shape[1])
-            state[".".join((*path, _TORCH_NAMES["params", key]))] = np.zeros(shape, np.float32)
-
-    fill(variable_shapes(create_network("squeezenet1_1"))["params"], ())
+    shapes = variable_shapes(create_network("squeezenet1_1"))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    state = variables_to_state_dict(zeros)
     state["classifier.1.bias"] = np.linspace(2, 1, 1000, dtype=np.float32)
     path = tmp_path / "constant.safetensors"
     write_state_dict(path, state)

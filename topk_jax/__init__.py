@@ -7,7 +7,7 @@
 A name that is not listed here or in a room's own `__init__` is not promised to stay.
 """
 
-from topk_jax import metrics, stimuli
+from topk_jax import metrics, stimuli, telemetry
 from topk_jax.decisions import (
     IMAGENET16,
     CategoryMapping,
@@ -21,8 +21,9 @@ from topk_jax.evaluation import evaluate, predict_logits
 from topk_jax.images import IMAGENET_PREPROCESSING, Preprocessing, normalize, read_image
 from topk_jax.metrics import ShapeBias, shape_bias
 from topk_jax.networks import create_network, list_networks, variable_shapes
+from topk_jax.selection import calibrate_thresholds
 from topk_jax.stimuli import Stimuli, read_cue_conflict
-from topk_jax.topk import TopK, topk_activation, topk_mask
+from topk_jax.topk import TopK, bottom_nonzero_mask, random_mask, topk_activation, topk_mask
 from topk_jax.weights import default_preprocessing, load_variables, read_state_dict
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "Stimuli",
     "TopK",
     "Trials",
+    "bottom_nonzero_mask",
+    "calibrate_thresholds",
     "create_network",
     "decide",
     "default_preprocessing",
@@ -44,12 +47,14 @@ __all__ = [
     "metrics",
     "normalize",
     "predict_logits",
+    "random_mask",
     "read_cue_conflict",
     "read_image",
     "read_state_dict",
     "read_trials",
     "shape_bias",
     "stimuli",
+    "telemetry",
     "topk_activation",
     "topk_mask",
     "variable_shapes",

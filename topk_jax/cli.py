@@ -213,6 +213,26 @@ def parse_fractions(text: str, *, flag: str = "sparsity") -> tuple[float, ...]:
     return tuple(fractions.values())
 
 
+def parse_shape(text: str, *, flag: str = "shapes") -> tuple[int, int, int, int]:
+    """Reads a shape such as "16x28x28x512".
+
+    Args:
+        text: one part of the flag's value.
+        flag: the flag's name, for the error.
+
+    Raises:
+        ValueError: not four positive whole numbers with x between them.
+    """
+    parts = text.strip().split("x")
+    if len(parts) != 4 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(
+            f"--{flag}: {text.strip()!r} is no shape; expected images x height x width x channels, "
+            f"for example --{flag}=16x28x28x512"
+        )
+    n, h, w, c = map(int, parts)
+    return n, h, w, c
+
+
 def device_line() -> str:
     """Returns backend, devices and version, for example "cpu, 1 device, jax 0.10.2".
 

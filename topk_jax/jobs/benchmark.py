@@ -24,6 +24,11 @@ from topk_jax import files
 NOISY = 1.5
 """Slowest round over fastest round of a candidate; above it a measurement is to be repeated."""
 
+NOISE_NOTE = (
+    f"`*`: the slowest round took more than {NOISY} times as long as the fastest: to be repeated "
+    "on a quiet machine."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
@@ -128,6 +133,27 @@ def format_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
         "-" * width if i == 0 else f"{'-' * max(width - 1, 1)}:" for i, width in enumerate(widths)
     ]
     return [line(titles), line(rule), *map(line, rows)]
+
+
+def section(title: str, result: Mapping[str, Any], note: str, table: Sequence[str]) -> list[str]:
+    """Lines of a Markdown section: date, command, machine and versions above the table.
+
+    Args:
+        title: What was measured.
+        result: Holds the fields of `setting` and `command`.
+        note: The conditions, in a few words.
+        table: Lines of the table and what follows it.
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return [
+        f"### {title}, {result['date']}",
+        "",
+        f"`{result['command']}`",
+        "",
+        f"{result['machine']}; {note}; {versions}.",
+        "",
+        *table,
+    ]
 
 
 def check_output(path: str | os.PathLike[str]) -> pathlib.Path:

@@ -152,7 +152,11 @@ def run(
     for line in table:
         report(line)
     if output:
-        benchmark.append(output, result, _section(result, table))
+        note = (
+            f"batch {batch_size}, {image_size} x {image_size} pixels, float32, rounds: {rounds}, "
+            f"seed: {seed}"
+        )
+        benchmark.append(output, result, benchmark.section("Inference", result, note, table))
         report(f"added to {os.fspath(output)}")
     return result
 
@@ -177,11 +181,7 @@ def format_rows(rows: Sequence[Row], batch_size: int) -> list[str]:
                 f"Geometric mean of the ratios, {_activation(sparsity)}: {', '.join(means)}.",
             ]
     if any(benchmark.is_noisy(seconds) for row in rows for seconds in row.seconds.values()):
-        lines += [
-            "",
-            f"`*`: the slowest round took more than {benchmark.NOISY} times as long as the "
-            "fastest: to be repeated on a quiet machine.",
-        ]
+        lines += ["", benchmark.NOISE_NOTE]
     return lines
 
 
@@ -208,21 +208,6 @@ def _format_row_briefly(row: Row, batch_size: int) -> str:
         for name, seconds in row.seconds.items()
     )
     return f"{row.network} ({_activation(row.sparsity)}): {speeds} images/s"
-
-
-def _section(result: Mapping[str, Any], table: Sequence[str]) -> list[str]:
-    size = result["image_size"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return [
-        f"### Inference, {result['date']}",
-        "",
-        f"`{result['command']}`",
-        "",
-        f"{result['machine']}; batch {result['batch_size']}, {size} x {size} pixels, float32, "
-        f"rounds: {result['rounds']}, seed: {result['seed']}; {versions}.",
-        "",
-        *table,
-    ]
 
 
 def _packages(report: Callable[[str], None]) -> Torch | None:

@@ -8,9 +8,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float32
 
+from topk_jax.jobs import benchmark
 from topk_jax.networks import create_network
 from topk_jax.topk import kept_count
 
@@ -43,6 +46,17 @@ def import_torch() -> Torch:
             reason = " ".join(str(error).split())
             raise ImportError(f"{name} is installed but cannot be imported: {reason}") from error
     return Torch(*modules)
+
+
+def import_alone(report: Callable[[str], None]) -> Any:
+    """The module `torch`, set to as many threads as XLA uses; None, said why, if not installed."""
+    try:
+        torch = importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        report(f"topk_jax alone: {error.name} is not installed; pip install torch to compare")
+        return None
+    torch.set_num_threads(benchmark.cpu_count())
+    return torch
 
 
 def authors_topk(packages: Torch, fraction: float) -> Activation:
@@ -139,3 +153,53 @@ def inference(
             return module(batch).numpy()
 
     return call
+
+
+def topk_forms(torch: Any, x: Array, fraction: float) -> dict[str, Callable[[], None]]:
+    """Calls of Top-K on the tensor, as PyTorch's users write it.
+
+    "authors" is the published formulation on NCHW. The others do less: unsorted indices, the kept
+    values scattered instead of a mask, the k-th value compared with (keeps all ties), and the
+    tensor left as it lies in memory (NHWC).
+
+    Args:
+        torch: The module.
+        x: NHWC, float32 or bfloat16.
+        fraction: Part kept.
+    """
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    n, h, w, c = x.shape
+    k = kept_count(fraction, (h, w))
+    host = torch.from_numpy(np.asarray(x.astype(jnp.float32)).reshape(n, h * w, c))
+    last = host.to(device=device, dtype=getattr(torch, x.dtype.name))
+    first = last.transpose(1, 2).contiguous()
+
+    def mask(rows: Any, dim: int, sort: bool) -> Any:
+        kept = rows.abs().topk(k, dim=dim, sorted=sort).indices
+        return rows * torch.zeros_like(rows).scatter_(dim, kept, 1)
+
+    def values(rows: Any) -> Any:
+        kept = rows.abs().topk(k, dim=2, sorted=False).indices
+        return torch.zeros_like(rows).scatter_(2, kept, rows.gather(2, kept))
+
+    def threshold(rows: Any) -> Any:
+        magnitude = rows.abs()
+        kth = magnitude.kthvalue(h * w - k + 1, dim=2, keepdim=True).values
+        return torch.where(magnitude >= kth, rows, 0)
+
+    def call(function: Callable[..., Any], *args: Any) -> Callable[[], None]:
+        def timed() -> None:
+            with torch.inference_mode():
+                function(*args)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return timed
+
+    return {
+        "authors": call(mask, first, 2, True),
+        "unsorted mask": call(mask, first, 2, False),
+        "unsorted values": call(values, first),
+        "kthvalue": call(threshold, first),
+        "channels last": call(mask, last, 1, False),
+    }

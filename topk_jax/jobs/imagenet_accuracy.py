@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from topk_jax import evaluation, files, images, metrics
 from topk_jax.images import Preprocessing
-from topk_jax.jobs import shape_bias
+from topk_jax.jobs import provenance, shape_bias
 from topk_jax.jobs.shape_bias import Subject
 from topk_jax.networks import create_network
 from topk_jax.stimuli import Stimuli, imagenet
@@ -162,7 +162,7 @@ def run(
         "weights": {"name": os.fspath(weights), "sha256": weights_file.sha256},
         "data": {"origin": stimuli.origin, "n_images": len(stimuli)},
         "transform": transform,
-        "versions": shape_bias._versions(),
+        "versions": provenance.versions(),
     }
     rows: list[dict[str, Any]] = []
     with _folder(output_dir, flags) as folder:
@@ -241,7 +241,7 @@ def _rows_of(
     """Subjects that an earlier run of the same command has finished."""
     if folder is None or folder.previous is None:
         return {}
-    shape_bias._refuse_other_weights(folder, weights)
+    provenance.refuse_other_weights(folder, weights)
     earlier = folder.previous.get("data")
     if earlier not in (None, data):
         raise ValueError(

@@ -7,10 +7,8 @@ evaluated again.
 
 import dataclasses
 import functools
-import importlib.metadata
 import os
 import pathlib
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,16 +17,16 @@ from absl import logging
 
 from topk_jax import decisions, files, images, metrics
 from topk_jax.decisions import Aggregation, CategoryMapping, Trials
+from topk_jax.jobs import provenance
 from topk_jax.metrics import ShapeBias
 from topk_jax.networks import create_network
 from topk_jax.networks.sites import TopKSites
 from topk_jax.stimuli import Stimuli, builtin, cue_conflict
 from topk_jax.topk import TopK
-from topk_jax.weights import WeightsFile, default_preprocessing, load_variables, resolve_weights
+from topk_jax.weights import default_preprocessing, load_variables, resolve_weights
 
 HUMANS = "humans"
 DATASET = "cue-conflict"
-_VERSIONS_OF = ("topk_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 _SHEET = 48  # stimuli on the contact sheet
 
 
@@ -161,14 +159,14 @@ def run(
     weights_file = resolve_weights(model, weights)
     stimuli = load_stimuli(data, mapping, seed=seed)
     with files.run_folder(output_dir, flags) as folder:
-        _refuse_other_weights(folder, weights_file)
+        provenance.refuse_other_weights(folder, weights_file)
         head = {
             "model": model,
             "weights": {"name": os.fspath(weights), "sha256": weights_file.sha256},
             "data": {"origin": stimuli.origin, "n_images": len(stimuli)},
             "aggregation": aggregation,
             "seed": seed,
-            "versions": _versions(),
+            "versions": provenance.versions(),
         }
         report(f"weights {weights_file.origin} ({weights_file.sha256[:8]}), data {stimuli.origin}")
         folder.write_summary(head | {"subjects": []})
@@ -287,15 +285,6 @@ def _take_or_evaluate(
     return trials
 
 
-def _refuse_other_weights(folder: files.RunFolder, weights: WeightsFile) -> None:
-    earlier = ((folder.previous or {}).get("weights") or {}).get("sha256")
-    if earlier not in (None, weights.sha256):
-        raise ValueError(
-            f"{folder.path}: made with other weights (sha256 {earlier[:8]}..., "
-            f"{weights.path} now has {weights.sha256[:8]}...); choose another output folder"
-        )
-
-
 def _read_people(folder: str | os.PathLike[str], mapping: CategoryMapping) -> Trials:
     """Trials of the people (`subject-NN`) among the CSVs of a folder."""
     trials = decisions.read_trials(folder)
@@ -336,13 +325,3 @@ def _draw(
         title=f"{len(chosen)} of {len(stimuli)} stimuli: shape-texture",
     )
     figures.save(sheet, folder / "stimuli")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _VERSIONS_OF:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed (source tree)"
-    return versions

@@ -28,12 +28,20 @@ def bounds(dtype: jnp.dtype, rank_by: RankBy) -> tuple[int, int]:
     return (0 if rank_by == "magnitude" else -infinity), infinity + 1
 
 
-def keys(x: Float[Array, "*shape"], rank_by: RankBy) -> Int[Array, "*shape"]:
-    """Ordered int32 keys of `x` by `|x|` or by `x`; elementwise, so that it fuses into readers."""
+def keys(
+    x: Float[Array, "*shape"], rank_by: RankBy, *, equal_nans: bool = True
+) -> Int[Array, "*shape"]:
+    """Ordered int32 keys of `x` by `|x|` or by `x`; elementwise, so that it fuses into readers.
+
+    Without `equal_nans` a NaN may have any key from the largest on, which is enough for comparisons
+    `key >= threshold` and an operation less.
+    """
     bits = jax.lax.bitcast_convert_type(x, _INT_OF_WIDTH[x.dtype.itemsize]).astype(jnp.int32)
     magnitude_bits = 0x7FFFFFFF if x.dtype.itemsize == 4 else 0x7FFF
     _, largest = bounds(x.dtype, rank_by)
-    magnitude = jnp.minimum(bits & magnitude_bits, largest)
+    magnitude = bits & magnitude_bits
+    if equal_nans or rank_by == "value":
+        magnitude = jnp.minimum(magnitude, largest)
     if rank_by == "magnitude":
         return magnitude
     # Negative numbers in descending order of magnitude; -0 becomes 0, a negative NaN stays largest.

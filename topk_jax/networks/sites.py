@@ -1,12 +1,12 @@
 """Top-K sites: which named activations are made sparse, and how; the record of features."""
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 from jaxtyping import Array, Float
 
-from topk_jax.topk import TopK, kept_count
+from topk_jax.topk import SITE_PREFIX, TopK
 
 TopKSites = None | float | Mapping[str, float | TopK]
 
@@ -36,12 +36,15 @@ def resolve_sites(
             raise ValueError(f"unknown Top-K site {name!r}: this network has e.g. {hint}")
         # Without a parent: a module made inside another's method would become its child.
         sites[name] = setting if isinstance(setting, TopK) else TopK(setting, parent=None)
-        kept_count(sites[name].fraction, ())
     return sites
 
 
 class Features(dict[str, Array]):
-    """Named activations of one forward pass, in order of computation."""
+    """Named activations of one forward pass, in order of computation.
+
+    Made and used within the `__call__` of a network. A site becomes a submodule of the network,
+    "topk." and its name: it has a random stream and variables of its own.
+    """
 
     def __init__(self, sites: Mapping[str, TopK]):
         super().__init__()
@@ -50,6 +53,14 @@ class Features(dict[str, Array]):
     def site(self, name: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Records `x` under `name`, after Top-K where there is a site, and returns that."""
         if name in self._sites:
-            x = cast(Array, self._sites[name].apply({}, x))
+            setting = self._sites[name]
+            # Not the setting itself, which several sites may share. A module finds its parent when
+            # it is made.
+            fields = {
+                field.name: getattr(setting, field.name)
+                for field in dataclasses.fields(setting)
+                if field.init and field.name not in ("parent", "name")
+            }
+            x = type(setting)(**fields, name=f"{SITE_PREFIX}{name}")(x)
         self[name] = x
         return x

@@ -18,8 +18,8 @@ class Stimuli:
     Attributes:
         name: the dataset, as in the benchmark ("cue-conflict").
         categories: all names that an answer can have.
-        image_names: one a stimulus, without folders; no two alike, since trials are told apart by
-            them.
+        image_names: one a stimulus, no two alike, since trials are told apart by them; file names
+            as the dataset gives them, with the class's folder where they repeat among classes.
         category: the true category of each; of a cue conflict that of its shape.
         condition: level of distortion of each, "NaN" where the dataset has none.
         load: gives the image of an index from 0 on, uint8 [height, width, 3]; thread-safe; raises
