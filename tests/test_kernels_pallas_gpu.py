@@ -71,13 +71,18 @@ def test_gradient_is_the_mask():
     assert np.asarray(gradient).sum() == kept_count(0.2, (37,)) * 6
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 3025, 64), (4, 49, 2048), (8, 784, 1), (2, 5000, 1)])
 def test_lowers_for_cuda(shape, dtype):
     x = jax.ShapeDtypeStruct(shape, dtype)
     k = jax.ShapeDtypeStruct((), jnp.int32)
-    traced = pallas_gpu.select.trace(x, k, "magnitude", "top", interpret=False)
-    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = pallas_gpu.select.trace(x, k, "magnitude", "top", interpret=False)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    assert "triton" in lowered.as_text()
 
 
 def test_rows_that_do_not_fit_are_left_to_the_xla_form():

@@ -14,6 +14,8 @@ The search is that of `topk_jax.kernels.xla` with two thresholds a round: the fi
 the mean of the positive entries, later ones placed where interpolation expects the k-th key. It
 ends as soon as no row of the program is open. On a chip a round costs little beside reading memory.
 
+jax 0.12 warns that Pallas's Triton back end will be removed; the XLA form needs no Pallas.
+
 Run so far: in interpret mode, equal bit for bit to the XLA form; lowered for CUDA with jax 0.10 and
 0.12, and that code compiled for compute capability 9.0 by Triton and ptxas. Not run, and not
 timed, on any GPU.
