@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from topk_jax import kernels
+from topk_jax.kernels import xla
 from topk_jax.topk import TopK, kept_count, topk_activation, topk_mask
 
 A = np.array([[3, -5, 1], [0, 2, -4], [0.5, -0.25, 6]], np.float32)
@@ -249,6 +251,65 @@ class NoCompilation:
     def __exit__(self, *_):
         jax.monitoring.unregister_event_duration_listener(self._listen)
         assert self._count == 0
+
+
+@pytest.mark.parametrize("rank_by", ["magnitude", "value"])
+def test_passes_of_the_search_are_bounded(monkeypatch, rank_by):
+    passes = []
+
+    def counted(condition, body, carry):
+        passes.append(0)
+        while condition(carry):
+            passes[-1] += 1
+            carry = body(carry)
+        return carry
+
+    monkeypatch.setattr(jax.lax, "while_loop", counted)
+    rng = np.random.default_rng(6)
+    kinds = ("normal", "relu", "coarse", "special", "spread", "clusters", "one-hot")
+    rows = np.concatenate([draw(rng, kind, (1, 60, 8)) for kind in kinds])
+    # A pair one unit in the last place apart, at the cut.
+    rows[0, :2] = np.array([[1.5], [np.nextafter(np.float32(1.5), np.float32(2))]])
+    x = jnp.asarray(rows)
+    for k in (1, 3, 30, 50, 59):
+        threshold, cut = xla.search(x, jnp.int32(k), rank_by)
+        mask = kernels.kept(x, threshold, cut, rank_by)
+        expected = stable_topk_mask(rows[:, :, None], k, rank_by)[:, :, 0]
+        np.testing.assert_array_equal(mask, expected)
+    assert 0 < max(passes) <= 40
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_backward_keeps_one_mask(dtype):
+    x = jax.ShapeDtypeStruct((2, 9, 9, 16), dtype)
+    residuals = jax.eval_shape(lambda x: jax.vjp(lambda x: topk_activation(x, 0.1), x)[1], x)
+    kept = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(residuals) if leaf.size > 1]
+    assert sum(np.prod(shape) * dtype.itemsize for shape, dtype in kept) <= 2 * 9 * 9 * 16
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_lowers_for_tpu_without_gather_scatter_or_sort(dtype):
+    x = jax.ShapeDtypeStruct((2, 28, 28, 64), dtype)
+    traced = jax.jit(lambda x: topk_activation(x, 0.1)).trace(x)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.while" in text
+    for operation in ("gather", "scatter", "sort", "top_k"):
+        assert f"stablehlo.{operation}" not in text
+        assert f"chlo.{operation}" not in text
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_positions_may_be_permuted_and_a_second_time_changes_nothing(seed):
+    rng = np.random.default_rng(seed)
+    x = rng.permutation(np.arange(1, 9 * 9 * 8 + 1)).reshape(1, 9, 9, 8).astype(np.float32)
+    once = np.asarray(topk_activation(x, 0.2))
+    np.testing.assert_array_equal(topk_activation(once, 0.2), once)
+    order = rng.permutation(81)
+    shuffled = x.reshape(1, 81, 8)[:, order].reshape(x.shape)
+    np.testing.assert_array_equal(
+        topk_activation(shuffled, 0.2), once.reshape(1, 81, 8)[:, order].reshape(x.shape)
+    )
 
 
 def test_module_is_the_function():

@@ -226,7 +226,7 @@ def _measure(x: Array, fraction: float, torch: Any, rounds: int) -> Row:
         BACKWARD: _call(jax.jit(both), x, x),
         COPY: _call(jax.jit(lambda x: 2 * x), x),
     }
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() == "gpu":
         with kernels.force("pallas_gpu"):
             kernel = jax.jit(lambda x: activation(x)).lower(x).compile()
         candidates |= {

@@ -49,11 +49,15 @@ def import_torch() -> Torch:
 
 
 def import_alone(report: Callable[[str], None]) -> Any:
-    """The module `torch`, set to as many threads as XLA uses; None, said why, if not installed."""
+    """The module `torch`, set to as many threads as XLA uses; None, said why, if not comparable."""
     try:
         torch = importlib.import_module("torch")
     except ModuleNotFoundError as error:
         report(f"topk_jax alone: {error.name} is not installed; pip install torch to compare")
+        return None
+    backend = jax.default_backend()
+    if backend != "cpu" and not (backend == "gpu" and torch.cuda.is_available()):
+        report(f"topk_jax alone: JAX is on {backend}, which this PyTorch cannot use")
         return None
     torch.set_num_threads(benchmark.cpu_count())
     return torch

@@ -88,6 +88,12 @@ def kept(
     return (key > threshold[:, None, :]) | tied
 
 
+# Recomputed in the backward pass, so that the mask is kept but not an array of zeros beside it.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _masked(mask: Bool[Array, "b n c"], x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def select(
     x: Float[Array, "b n c"],
@@ -122,7 +128,6 @@ def _select_jvp(
     dx, _ = tangents
     selected = select(x, k, rank_by, keep, implementation)
     mask = kept(jax.lax.stop_gradient(x), selected.threshold, selected.cut, rank_by)
-    zero = jnp.zeros((), dx.dtype)
-    dy = jnp.where(mask, dx, zero) if keep == "top" else jnp.where(mask, zero, dx)
+    dy = _masked(mask if keep == "top" else ~mask, dx)
     integers = np.zeros(selected.threshold.shape, jax.dtypes.float0)
     return selected, Selected(dy, integers, integers)  # pyright: ignore[reportArgumentType]

@@ -35,9 +35,9 @@ _THRESHOLDS = 4
 _SAMPLE = 32
 # Where thresholds are put, in standard deviations around the expected place.
 _DEVIATIONS = (-1.4, -0.47, 0.47, 1.4)
-# Steps, in doublings of the number, towards an end that nothing is known of. Instead of the last
-# upward one the bracket is halved; instead of the last downward one there is the key 1, above which
-# lies all that is not zero.
+# Steps, in doublings of the number, towards an end that nothing is known of. Where it says 0 the
+# bracket is halved; for magnitudes the downward one is the key 1 instead, above which lies all that
+# is not zero.
 _UPWARDS = (0.12, 0.4, 1.2, 0.0)
 _DOWNWARDS = (0.0, 1.2, 0.4, 0.12)
 # Below this many channels the positions of many rows are laid side by side as vector lanes.
@@ -312,7 +312,8 @@ def _next_thresholds(
         step = jnp.where(few, j + 1, 2 * half_step)
         threshold = low + step
         up, down = (int(steps[j] * ranked.doubling) for steps in (_UPWARDS, _DOWNWARDS))
-        threshold = jnp.where(no_lower, high - down if down else 1, threshold)
+        lowest = low + half if ranked.smallest < 0 else 1
+        threshold = jnp.where(no_lower, high - down if down else lowest, threshold)
         threshold = jnp.where(no_upper, low + (up or half), threshold)
         thresholds.append(jnp.clip(threshold, low + 1, high - 1))
     return jnp.stack(thresholds)
