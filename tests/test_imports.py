@@ -13,7 +13,9 @@ PACKAGE = ROOT / "topk_jax"
 # Room -> rooms of ours that it may import, wherever in a file the import stands.
 _TABLES = {"decisions", "trials", "files"}
 _DATA = _TABLES | {"images", "download", "stimuli"}
-_NETWORKS = {"topk", "kernels", "selection", "telemetry", "layers", "networks", "weights"}
+_NETWORKS = {
+    *("topk", "kernels", "selection", "telemetry", "convolution", "layers", "networks", "weights"),
+}
 _RUNS = {"evaluation", "training", "parallel", "metrics"}
 ALLOWED = {
     "kernels": set(),
@@ -23,7 +25,8 @@ ALLOWED = {
     "selection": {"kernels"},
     "topk": {"kernels", "selection"},
     "telemetry": {"kernels", "topk"},
-    "layers": {"topk"},
+    "convolution": set(),
+    "layers": {"topk", "convolution"},
     "trials": {"files"},
     "decisions": {"trials", "files"},
     "download": {"files"},

@@ -13,17 +13,23 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from topk_jax import convolution
+
 
 def conv(
     features: int, size: int, *, stride: int = 1, padding: int = 0, bias: bool = True, name: str
 ):
-    """Convolution with PyTorch's symmetric padding, which "SAME" is not where the stride is > 1."""
+    """Convolution with PyTorch's symmetric padding, which "SAME" is not where the stride is > 1.
+
+    Computed by `convolution.conv2d`, in the form that suits backend and shape.
+    """
     return nn.Conv(
         features,
         (size, size),
         strides=(stride, stride),
         padding=((padding, padding), (padding, padding)),
         use_bias=bias,
+        conv_general_dilated=convolution.conv_general_dilated,
         name=name,
     )
 
