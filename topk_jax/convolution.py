@@ -62,12 +62,11 @@ def conv2d(
         stride: Step along both axes, at least 1.
         padding: Zeros on each of the four sides.
         method: "xla" is XLA's convolution. "dot", for 1x1 kernels with stride 1 and no padding,
-            is a matrix product, which XLA:CPU computes two to five times as fast. "winograd", for
-            3x3 kernels with stride 1 and padding 1, is F(4, 3) along the rows (Lavin and Gray
-            2016), nested with matrix products for the three columns: half of the multiplications,
-            and a relative error of some 1e-6 in float32. "auto" is the fastest of those that fit:
-            on a CPU "dot", and "winograd" in float32 with at least 256 channels on both sides;
-            otherwise "xla".
+            is a matrix product, which XLA:CPU computes faster. "winograd", for 3x3 kernels with
+            stride 1 and padding 1, is F(4, 3) along the rows (Lavin and Gray 2016), nested with
+            matrix products for the three columns: half of the multiplications, and a relative
+            error of some 1e-6 in float32. "auto" is the fastest of those that fit: on a CPU "dot",
+            and "winograd" in float32 with at least 256 channels on both sides; otherwise "xla".
 
     Raises:
         ValueError: An unknown method, or one that is not for this kernel, stride or padding.
