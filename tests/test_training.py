@@ -15,6 +15,7 @@ import pytest
 from topk_jax import files, parallel, training, weights
 from topk_jax.images import Preprocessing
 from topk_jax.networks.vgg import VGG
+from topk_jax.topk import TopK
 from topk_jax.training import builtin, loop
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -118,6 +119,29 @@ def test_one_step_is_gradient_descent_on_the_mean_cross_entropy():
     wanted = jax.tree.map(lambda p, g: np.asarray(p) - 0.1 * np.asarray(g), before, gradient)
     for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(after["params"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_random_controls_draw_anew_each_step():
+    """At rate zero nothing but the draws can change the loss from step to step."""
+    network = small_network(topk={"pool1": TopK(0.5, select="random")})
+    step = training.make_train_step(network, optax.sgd(0.0), preprocessing=SMALL)
+    mapped = jax.pmap(
+        step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=None, devices=jax.devices()[:1]
+    )
+    images, labels = small_data(8)
+    batch = {"image": images, "label": labels, "mask": np.ones(8, bool)}
+
+    def losses():
+        state = parallel.replicate(start(network, optax.sgd(0.0)), jax.devices()[:1])
+        found = []
+        for _ in range(2):
+            state, sums = mapped(state, parallel.shard(batch, 1))
+            found.append(float(sums["loss"]))
+        return found
+
+    first, second = losses()
+    assert first != second
+    assert losses() == [first, second]
 
 
 def fit_small(report, *, epochs=8, learning_rate=1e-2):

@@ -85,7 +85,7 @@ def create_state(
     Args:
         variables: `{"params": ...}`, with `"batch_stats"` where the network has any.
         optimizer: Its state is made for the parameters.
-        key: Typed random key of the noise in training (dropout).
+        key: Typed random key of the noise in training (dropout, random controls of Top-K).
     """
     params = variables["params"]
     return TrainState(
@@ -130,8 +130,9 @@ def make_train_step(
     ) -> tuple[Float[Array, ""], tuple[Sums, Any]]:
         variables = {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
         pixels = images_lib.normalize(batch["image"], preprocessing)
+        rngs = {"dropout": key, "topk": jax.random.fold_in(key, 1)}
         (logits, _), updated = network.apply(
-            variables, pixels, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+            variables, pixels, train=True, rngs=rngs, mutable=["batch_stats"]
         )
         mask = batch["mask"].astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
