@@ -174,7 +174,7 @@ def topk_forms(torch: Any, x: Array, fraction: float) -> dict[str, Callable[[], 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     n, h, w, c = x.shape
     k = kept_count(fraction, (h, w))
-    host = torch.from_numpy(np.asarray(x.astype(jnp.float32)).reshape(n, h * w, c))
+    host = torch.from_numpy(np.array(x.astype(jnp.float32)).reshape(n, h * w, c))
     last = host.to(device=device, dtype=getattr(torch, x.dtype.name))
     first = last.transpose(1, 2).contiguous()
 
