@@ -13,9 +13,8 @@ PACKAGE = ROOT / "topk_jax"
 # Room -> rooms of ours that it may import, wherever in a file the import stands.
 _TABLES = {"decisions", "trials", "files"}
 _DATA = _TABLES | {"images", "download", "stimuli"}
-_NETWORKS = {
-    *("topk", "kernels", "selection", "telemetry", "convolution", "layers", "networks", "weights"),
-}
+_TOPK = {"topk", "kernels", "selection", "telemetry"}
+_NETWORKS = _TOPK | {"convolution", "layers", "networks", "weights"}
 _RUNS = {"evaluation", "training", "parallel", "metrics"}
 ALLOWED = {
     "kernels": set(),

@@ -2,7 +2,8 @@
 
 Data contract: NHWC maps, HWIO kernels, equal floating dtypes; symmetric zero padding, as PyTorch
 has it. Every form is made of differentiable JAX operations: `jit`, `vmap`, `pmap`, `jvp`, `vjp` and
-derivatives of any order work. Forms differ by rounding only.
+derivatives of any order work. On finite maps the forms differ by rounding only; an infinity or NaN
+spreads further in "winograd", over the rows of its tile.
 """
 
 import functools
