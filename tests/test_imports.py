@@ -35,10 +35,11 @@ ALLOWED = {
     "weights": _NETWORKS | {"images", "download", "files"},
     "evaluation": _DATA | _NETWORKS | {"parallel", "metrics"},
     "training": _DATA | _NETWORKS | _RUNS,
+    "synthesis": _DATA | _NETWORKS | {"parallel"},
     "figures": _TABLES | {"metrics"},
-    "jobs": _DATA | _NETWORKS | _RUNS | {"figures"},
+    "jobs": _DATA | _NETWORKS | _RUNS | {"synthesis", "figures"},
     "cli": {"download"},
-    "__init__": _DATA | _NETWORKS | _RUNS,
+    "__init__": _DATA | _NETWORKS | _RUNS | {"synthesis"},
 }
 
 

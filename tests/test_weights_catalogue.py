@@ -11,7 +11,7 @@ from topk_jax.images import IMAGENET_PREPROCESSING
 from topk_jax.weights import catalogue, conversion
 
 TORCHVISION = sorted(
-    entry.model for entry in catalogue.CATALOGUE.values() if "pytorch" in entry.url
+    entry.model for entry in catalogue.CATALOGUE.values() if "download.pytorch.org" in entry.url
 )
 
 
@@ -55,14 +55,25 @@ def test_every_entry_is_complete():
         assert entry.url.startswith("https://")
         assert entry.url.endswith("/" + entry.filename)
         assert re.fullmatch("[0-9a-f]{8}", entry.sha256)
+        if tag == "normalised":  # named by its maker, and without the classifier
+            continue
         assert f"-{entry.sha256}.pth" in entry.filename
         assert entry.parameters == catalogue.find_entry(model, "imagenet").parameters
         assert len({e.filename for e in catalogue.CATALOGUE.values()}) == len(catalogue.CATALOGUE)
 
 
 def test_parameters_name_the_network():
-    by_count = {entry.parameters: entry.model for entry in catalogue.CATALOGUE.values()}
-    assert len(by_count) == len({entry.model for entry in catalogue.CATALOGUE.values()})
+    whole = [entry for entry in catalogue.CATALOGUE.values() if entry.tag != "normalised"]
+    by_count = {entry.parameters: entry.model for entry in whole}
+    assert len(by_count) == len({entry.model for entry in whole})
+
+
+def test_normalised_vgg19_has_every_convolution_and_no_classifier():
+    shapes = networks.feature_shapes(networks.create_network("vgg19"), ["conv5_4"])
+    entry = catalogue.find_entry("vgg19", "normalised")
+    assert conversion.count_parameters(shapes) == entry.parameters
+    levels = [round(255 * mean, 3) for mean in entry.preprocessing.mean]
+    assert levels == [123.68, 116.779, 103.939]
 
 
 def test_builtin_file_is_the_one_of_the_catalogue():

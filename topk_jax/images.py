@@ -289,6 +289,31 @@ def resize_short_side(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.
     return np.array(Image.fromarray(image).resize(new_size, Image.Resampling.BILINEAR))
 
 
+def resize(
+    image: UInt8[np.ndarray, "h w 3"], height: int, width: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Resizes an image to a height and a width, with Pillow's Lanczos filter.
+
+    Args:
+        image: uint8 [height, width, 3].
+        height: pixels, at least 1.
+        width: pixels, at least 1.
+
+    Returns:
+        uint8; the image itself if it has that size.
+
+    Raises:
+        ValueError: bad image or size, or more pixels than Pillow's limit.
+    """
+    image = _checked(image)
+    _check_size(min(height, width))
+    if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{width} x {height} pixels: more than {Image.MAX_IMAGE_PIXELS}")
+    if image.shape[:2] == (height, width):
+        return image
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+
+
 def center_crop(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Cuts out the central square, as torchvision's `CenterCrop(size)`; zeros where there is none.
 

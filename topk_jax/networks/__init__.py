@@ -11,12 +11,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from topk_jax.networks import resnet, vgg
 from topk_jax.networks.alexnet import AlexNet
 from topk_jax.networks.builtin import builtin_network
+from topk_jax.networks.features import FeatureExtractor, feature_shapes, variable_shapes
 from topk_jax.networks.resnet import ResNet
 from topk_jax.networks.sites import TopKSites, resolve_sites
 from topk_jax.networks.squeezenet import SqueezeNet
@@ -67,20 +65,15 @@ def create_network(name: str, *, topk: TopKSites = None, **options: Any) -> Netw
     return network
 
 
-def variable_shapes(network: Network, *, image_size: int = 224) -> dict[str, Any]:
-    """Shapes and dtypes of the network's variables, without computing or allocating them."""
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    init = functools.partial(network.init, train=False)
-    return jax.eval_shape(init, jax.random.key(0), images)
-
-
 __all__ = [
     "VGG",
     "AlexNet",
+    "FeatureExtractor",
     "Network",
     "ResNet",
     "SqueezeNet",
     "create_network",
+    "feature_shapes",
     "list_networks",
     "variable_shapes",
 ]

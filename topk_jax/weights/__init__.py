@@ -6,6 +6,7 @@ all, and nothing in a file is ever executed.
 """
 
 from topk_jax.weights.catalogue import (
+    CAFFE_PREPROCESSING,
     CATALOGUE,
     WeightsEntry,
     default_preprocessing,
@@ -22,6 +23,7 @@ from topk_jax.weights.loading import (
     Conversion,
     WeightsFile,
     convert_file,
+    load_features,
     load_variables,
     resolve_weights,
     write_state_dict,
@@ -29,6 +31,7 @@ from topk_jax.weights.loading import (
 from topk_jax.weights.torch_files import StateDict, read_state_dict
 
 __all__ = [
+    "CAFFE_PREPROCESSING",
     "CATALOGUE",
     "Conversion",
     "StateDict",
@@ -40,6 +43,7 @@ __all__ = [
     "find_entry",
     "format_catalogue",
     "list_tags",
+    "load_features",
     "load_variables",
     "read_state_dict",
     "resolve_weights",

@@ -6,6 +6,9 @@ are the eight hexadecimal digits of their names, the start of the file's SHA-256
 Accuracies: torchvision's documentation; Geirhos et al. 2019 (arXiv:1811.12231) and its
 repository for the networks trained on Stylized-ImageNet ("sin": on it alone; "sin+in": on it and
 ImageNet together; "shape": "sin+in", then finetuned on ImageNet, the paper's Shape-ResNet).
+
+"normalised" is the VGG-19 of Gatys et al. 2015, without its classifier: each filter is scaled so
+that its mean activation over the ImageNet validation images is 1.
 """
 
 import dataclasses
@@ -25,9 +28,19 @@ BUILTIN_PARAMETERS = 257424
 BUILTIN_PREPROCESSING = Preprocessing(64, 64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 """What the built-in network was trained with."""
 
+CAFFE_PREPROCESSING = Preprocessing(
+    224, 256, (0.48501961, 0.45795686, 0.40760392), (1 / 255, 1 / 255, 1 / 255)
+)
+"""What the networks converted from Caffe expect: the levels of 0 to 255 less the mean of ImageNet
+(123.68, 116.779 and 103.939 for red, green and blue), not divided by a deviation."""
+
 _TERMS = "trained on ImageNet, whose terms allow non-commercial research and education"
 _TORCHVISION_LICENCE = f"torchvision, BSD-3-Clause; {_TERMS}"
 _SIN_LICENCE = f"rgeirhos/texture-vs-shape, no licence for the weights is stated; {_TERMS}"
+_NORMALISED_URL = (
+    "https://github.com/naoto0804/pytorch-AdaIN/releases/download/v0.0.0/vgg_normalised.pth"
+)
+_NORMALISED_LICENCE = "Gatys et al. 2015, non-commercial use only; file of naoto0804/pytorch-AdaIN"
 _BUILTIN_LICENCE = "Apache-2.0, as this package"
 
 
@@ -117,6 +130,10 @@ def _entries() -> dict[tuple[str, str], WeightsEntry]:
                      top1, top5, IMAGENET_PREPROCESSING, _SIN_LICENCE)
         for model, tag, commit, name, top1, top5 in _SIN
     ]  # fmt: skip
+    entries.append(
+        WeightsEntry("vgg19", "normalised", _NORMALISED_URL, "vgg_normalised.pth", "804ca283",
+                     20_024_384, None, None, CAFFE_PREPROCESSING, _NORMALISED_LICENCE)
+    )  # fmt: skip
     entries.append(
         WeightsEntry("builtin", "builtin", "", BUILTIN_FILE, BUILTIN_SHA256, BUILTIN_PARAMETERS,
                      None, None, BUILTIN_PREPROCESSING, _BUILTIN_LICENCE)

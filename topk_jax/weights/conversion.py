@@ -29,13 +29,19 @@ _WITHOUT_COUNTERPART = "num_batches_tracked"
 
 
 def state_dict_to_variables(
-    state_dict: Mapping[str, Any], shapes: Mapping[str, Any], *, source: str = "the weights"
+    state_dict: Mapping[str, Any],
+    shapes: Mapping[str, Any],
+    *,
+    whole: Mapping[str, Any] | None = None,
+    source: str = "the weights",
 ) -> dict[str, Any]:
     """Converts arrays under torch's names into variables; all of them fit, or none are given.
 
     Args:
         state_dict: arrays under torch's names, in torch's layout, floating.
         shapes: tree of anything with `shape`: `networks.variable_shapes(network)`, or variables.
+        whole: the same of the whole network, where `shapes` is a part of it: arrays that only the
+            whole has a place for are then left out.
         source: what the error calls the weights, for example a file's name.
 
     Returns:
@@ -48,6 +54,9 @@ def state_dict_to_variables(
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     wanted = [(_torch_name(path), path[-1].key == "kernel", leaf.shape) for path, leaf in leaves]
+    elsewhere = jax.tree_util.tree_flatten_with_path(whole or {})[0]
+    elsewhere = {_torch_name(path) for path, _ in elsewhere} - {name for name, *_ in wanted}
+    state_dict = {name: array for name, array in state_dict.items() if name not in elsewhere}
     _check(
         {name: _torch_shape(shape, kernel) for name, kernel, shape in wanted}, state_dict, source
     )

@@ -10,13 +10,14 @@ import difflib
 import importlib.resources
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from topk_jax import download, files, networks
+from topk_jax.images import Preprocessing
 from topk_jax.weights import catalogue
 from topk_jax.weights.catalogue import WeightsEntry
 from topk_jax.weights.conversion import (
@@ -24,6 +25,7 @@ from topk_jax.weights.conversion import (
     state_dict_to_variables,
     variables_to_state_dict,
 )
+from topk_jax.weights.layouts import to_torchvision
 from topk_jax.weights.torch_files import StateDict, read_state_dict
 
 _CACHE_FORMAT = 1
@@ -185,6 +187,42 @@ def load_variables(
         weights = resolve_weights(model, weights, progress=progress)
     state_dict = _read_cached(weights) if cache else read_state_dict(weights.path)
     return state_dict_to_variables(state_dict, shapes, source=f"the weights of {weights.path}")
+
+
+def load_features(
+    network: networks.Network,
+    names: Sequence[str],
+    weights: WeightsFile,
+    *,
+    cache: bool = True,
+) -> tuple[dict[str, Any], Preprocessing | None]:
+    """Loads what some features of a network depend on, from a whole file or one that is cut off.
+
+    Files of VGG-19 in the layouts of `weights.layouts` are understood too.
+
+    Args:
+        network: the network.
+        names: features, as in `network.feature_names`.
+        weights: what `resolve_weights` gave.
+        cache: as in `load_variables`.
+
+    Returns:
+        Those variables alone, for `networks.FeatureExtractor`, as `load_variables` gives them; and
+        the preprocessing of the images as the catalogue states or the file's layout implies it;
+        None where neither does (`default_preprocessing` then).
+
+    Raises:
+        ValueError: an unknown feature, or a file that does not fit; see `load_variables`.
+        OSError: the file cannot be read.
+    """
+    whole = networks.variable_shapes(network)
+    source = f"the weights of {weights.path}"
+    state_dict = _read_cached(weights) if cache else read_state_dict(weights.path)
+    state_dict, implied = to_torchvision(state_dict, source=source)
+    shapes = networks.feature_shapes(network, names)
+    variables = state_dict_to_variables(state_dict, shapes, whole=whole, source=source)
+    stated = weights.entry.preprocessing if weights.entry else None
+    return variables, stated or implied
 
 
 def _model(shapes: Mapping[str, Any], weights: str | os.PathLike[str]) -> str:
