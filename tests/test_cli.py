@@ -15,6 +15,15 @@ from topk_jax import cli
 
 ROOT = pathlib.Path(cli.__file__).parents[1]
 
+# Without __init__.py, which imports all of the library: that takes two seconds, and what happens to
+# flags and errors in `cli` does not depend on it.
+CLI_ALONE = f"""
+import sys, types
+package = types.ModuleType("topk_jax")
+package.__path__ = [{str(ROOT / "topk_jax")!r}]
+sys.modules["topk_jax"] = package
+"""
+
 SCRIPT = '''"""Counts to 100 %.
 
 A second paragraph."""
@@ -51,6 +60,15 @@ def script(tmp_path_factory):
     (folder / "config.py").write_text(CONFIG)
     path = folder / "count.py"
     path.write_text(SCRIPT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def light_script(script):
+    """The script with `cli` as all it imports of the library."""
+    path = script.with_name("light.py")
+    docstring, code = SCRIPT.split("import sys\n", 1)
+    path.write_text(docstring + CLI_ALONE + code)
     return path
 
 
@@ -95,9 +113,9 @@ def test_success_and_own_exit_code(script):
         (["--config=CONFIG", "--config.rate=fast"], "--config.rate=fast"),
     ],
 )
-def test_bad_flags_are_one_line_and_exit_2(script, arguments, message):
-    config = str(script.parent / "config.py")
-    done = call(script, *(argument.replace("CONFIG", config) for argument in arguments))
+def test_bad_flags_are_one_line_and_exit_2(light_script, arguments, message):
+    config = str(light_script.parent / "config.py")
+    done = call(light_script, *(argument.replace("CONFIG", config) for argument in arguments))
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
@@ -132,24 +150,24 @@ def test_bad_flags_are_one_line_and_exit_2(script, arguments, message):
         ("raise KeyboardInterrupt", 130, "interrupted; "),
     ],
 )
-def test_expected_errors_are_one_line(script, code, exit_code, message):
-    done = call(script, f"--code={code}")
+def test_expected_errors_are_one_line(light_script, code, exit_code, message):
+    done = call(light_script, f"--code={code}")
     assert done.returncode == exit_code
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
     assert done.stdout == "main was called\n"
 
 
-def test_long_failures_are_cut(script):
-    done = call(script, "--code=raise RuntimeError('word ' * 5000)")
+def test_long_failures_are_cut(light_script):
+    done = call(light_script, "--code=raise RuntimeError('word ' * 5000)")
     assert done.returncode == 1
     assert len(done.stderr) < 700
     assert "--verbosity=1 shows all" in done.stderr
 
 
 @pytest.mark.parametrize("error", ["KeyError('a')", "NotImplementedError('a')", "TypeError('a')"])
-def test_bugs_keep_their_traceback(script, error):
-    done = call(script, f"--code=raise {error}")
+def test_bugs_keep_their_traceback(light_script, error):
+    done = call(light_script, f"--code=raise {error}")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert error.replace("('a')", ": ") in done.stderr
@@ -165,8 +183,10 @@ def test_verbosity_shows_the_traceback_before_the_line(script):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("count", [3, 100_000])
-def test_reader_that_goes_away(script, unbuffered, count):
-    options = command(script, f"--code=sys.stdin.read(1)\nfor i in range({count}): print(i)")
+def test_reader_that_goes_away(script, light_script, unbuffered, count):
+    # Once with what the whole library leaves to be done at exit.
+    chosen = script if count == 3 and not unbuffered else light_script
+    options = command(chosen, f"--code=sys.stdin.read(1)\nfor i in range({count}): print(i)")
     options["env"]["PYTHONUNBUFFERED"] = unbuffered
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(**options, **pipes, text=True) as process:
@@ -182,10 +202,10 @@ def test_reader_that_goes_away(script, unbuffered, count):
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("count", [3, 100_000])
-def test_output_on_a_full_disk(script, count):
+def test_output_on_a_full_disk(light_script, count):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            **command(script, f"--code=for i in range({count}): print(i)"),
+            **command(light_script, f"--code=for i in range({count}): print(i)"),
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -223,18 +243,12 @@ for _ in images.map_parallel(work, range(10_000), workers=2):
 
 
 def test_cli_alone_does_not_import_jax():
-    code = """
-import sys, types
-package = types.ModuleType("topk_jax")
-package.__path__ = [sys.argv[1]]
-sys.modules["topk_jax"] = package  # without __init__.py
+    code = f"""{CLI_ALONE}
 from topk_jax import cli
-heavy = {"jax", "numpy", "matplotlib", "tensorflow"} & set(sys.modules)
+heavy = {{"jax", "numpy", "matplotlib", "tensorflow"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "topk_jax")], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -310,7 +324,7 @@ def test_progress_of_an_iterator_of_unknown_length(capsys):
     assert capsys.readouterr().err.startswith("none: 0/0, ")
 
 
-def test_progress_bar_on_a_terminal_ends_before_the_error(script):
+def test_progress_bar_on_a_terminal_ends_before_the_error(light_script):
     termios = pytest.importorskip("termios")
     fcntl = pytest.importorskip("fcntl")
     ours, theirs = pty.openpty()
@@ -321,7 +335,7 @@ for item in bar:
     if item == 2: raise ValueError("stop")
 """
     with subprocess.Popen(
-        **command(script, f"--code={code}"), stdout=subprocess.DEVNULL, stderr=theirs
+        **command(light_script, f"--code={code}"), stdout=subprocess.DEVNULL, stderr=theirs
     ) as process:
         os.close(theirs)
         output = b""
