@@ -102,13 +102,14 @@ def test_k_is_the_truncated_product_from_left_to_right(side, fraction, k):
     assert kept_count(fraction, (side, side)) == k
 
 
-# Each combination is one compiled program; drawing shapes freely would compile for every example.
+# Each combination is two compiled programs, the mask and the activation; drawing shapes freely would
+# compile for every example. Every pair of a width, a ranking and what is kept is among them.
 CASES = [
-    ((2, 5, 7, 3), jnp.float32, "magnitude"),
-    ((1, 33, 31, 9), jnp.float32, "value"),
-    ((3, 4, 4, 16), jnp.bfloat16, "magnitude"),
-    ((1, 13, 17, 2), jnp.bfloat16, "value"),
-    ((2, 6, 6, 8), jnp.float16, "magnitude"),
+    ((2, 5, 7, 3), jnp.float32, "magnitude", "top"),
+    ((1, 33, 31, 9), jnp.float32, "value", "rest"),
+    ((3, 4, 4, 16), jnp.bfloat16, "magnitude", "rest"),
+    ((1, 13, 17, 2), jnp.bfloat16, "value", "top"),
+    ((2, 6, 6, 8), jnp.float16, "magnitude", "top"),
 ]
 SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 1.0, -1.0], np.float32)
 
@@ -119,9 +120,8 @@ def stable_topk_mask(x: np.ndarray, k: int, rank_by: str) -> np.ndarray:
     for image, channel in itertools.product(range(x.shape[0]), range(x.shape[-1])):
         row = x[image, :, :, channel].astype(np.float64).ravel()
         rank = np.abs(row) if rank_by == "magnitude" else row
-        order = np.argsort(np.where(np.isnan(rank), -np.inf, -rank), kind="stable")
-        # Among what sorts as -inf, NaN comes before infinity.
-        order = sorted(order, key=lambda i: (not np.isnan(rank[i]), -rank[i], i))
+        nan = np.isnan(rank)
+        order = np.lexsort((np.where(nan, 0, -rank), ~nan))  # the last key counts first
         flat = np.zeros(row.size, bool)
         flat[order[:k]] = True
         mask[image, :, :, channel] = flat.reshape(x.shape[1:3])
@@ -145,7 +145,7 @@ def draw(rng: np.random.Generator, kind: str, shape) -> np.ndarray:
     return values[kind].astype(np.float32)
 
 
-@pytest.mark.parametrize(("shape", "dtype", "rank_by"), CASES)
+@pytest.mark.parametrize(("shape", "dtype", "rank_by", "keep"), CASES)
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -154,18 +154,17 @@ def draw(rng: np.random.Generator, kind: str, shape) -> np.ndarray:
     ),
     fraction=st.one_of(st.sampled_from([1e-4, 0.05, 0.1, 0.5, 0.999]), st.floats(1e-3, 0.999)),
 )
-def test_mask_equals_a_loop_over_stable_sorts(shape, dtype, rank_by, seed, kind, fraction):
+def test_mask_equals_a_loop_over_stable_sorts(shape, dtype, rank_by, keep, seed, kind, fraction):
     x = jnp.asarray(draw(np.random.default_rng(seed), kind, shape)).astype(dtype)
     k = kept_count(fraction, shape[1:3])
     expected = stable_topk_mask(np.asarray(x.astype(jnp.float32)), k, rank_by)
     mask = np.asarray(topk_mask(x, fraction, rank_by=rank_by))
     np.testing.assert_array_equal(mask, expected)
-    top = np.asarray(topk_activation(x, fraction, rank_by=rank_by))
-    rest = np.asarray(topk_activation(x, fraction, rank_by=rank_by, keep="rest"))
-    bits = np.dtype(f"uint{8 * top.dtype.itemsize}")
-    # Bit for bit in exactly one of the two, and +0 in the other.
-    np.testing.assert_array_equal(top.view(bits), np.where(mask, np.asarray(x).view(bits), 0))
-    np.testing.assert_array_equal(rest.view(bits), np.where(mask, 0, np.asarray(x).view(bits)))
+    found = np.asarray(topk_activation(x, fraction, rank_by=rank_by, keep=keep))
+    bits = np.dtype(f"uint{8 * found.dtype.itemsize}")
+    # Bit for bit where kept, and +0 elsewhere.
+    kept = mask if keep == "top" else ~mask
+    np.testing.assert_array_equal(found.view(bits), np.where(kept, np.asarray(x).view(bits), 0))
 
 
 @pytest.mark.parametrize("shape", [(1, 263, 251, 2), (1, 224, 224, 8)])
@@ -219,16 +218,31 @@ def test_transformations():
     def total(x):
         return jnp.sum(layer(x) ** 3)
 
-    chex.assert_trees_all_equal(jax.jit(layer)(x), expected)
-    chex.assert_trees_all_equal(jax.vmap(layer)(x), expected)
+    def tangent(x):
+        return jax.jvp(layer, (x,), (jnp.ones_like(x),))[1]
+
+    @jax.jit
+    def transformed(x):
+        # In one program, so that what is searched alike is compiled once.
+        return {
+            "jit": layer(x),
+            "vmap": jax.vmap(layer)(x),
+            "gradient": jax.grad(total)(x),
+            "rematerialised": jax.grad(jax.checkpoint(total))(x),
+            "second": jax.grad(lambda x: jnp.sum(jax.grad(total)(x)))(x),
+            "tangent": tangent(x),
+            "mask": topk_mask(x, 0.2),
+        }
+
+    found = transformed(x)
+    chex.assert_trees_all_equal(found["jit"], expected)
+    chex.assert_trees_all_equal(found["vmap"], expected)
     chex.assert_trees_all_equal(jax.pmap(layer)(x[:, None])[:, 0], expected)
-    gradient = jax.grad(total)(x)
-    np.testing.assert_allclose(gradient, 3 * expected**2, rtol=1e-6)
-    chex.assert_trees_all_equal(jax.grad(jax.checkpoint(total))(x), gradient)
-    second = jax.grad(lambda x: jnp.sum(jax.grad(total)(x)))(x)
-    np.testing.assert_allclose(second, 6 * expected, rtol=1e-6)
-    tangent = jax.jvp(layer, (x,), (jnp.ones_like(x),))[1]
-    np.testing.assert_array_equal(tangent, topk_mask(x, 0.2))
+    np.testing.assert_allclose(found["gradient"], 3 * np.square(expected), rtol=1e-6)
+    chex.assert_trees_all_equal(found["rematerialised"], found["gradient"])
+    np.testing.assert_allclose(found["second"], 6 * np.asarray(expected), rtol=1e-6)
+    np.testing.assert_array_equal(found["tangent"], found["mask"])
+    np.testing.assert_array_equal(found["mask"], np.asarray(expected) != 0)
 
 
 def test_one_program_serves_every_fraction_of_a_shape():
@@ -256,13 +270,22 @@ class NoCompilation:
 @pytest.mark.parametrize("rank_by", ["magnitude", "value"])
 def test_passes_of_the_search_are_bounded(monkeypatch, rank_by):
     passes = []
+    while_loop = jax.lax.while_loop
 
     def counted(condition, body, carry):
-        passes.append(0)
-        while condition(carry):
-            passes[-1] += 1
-            carry = body(carry)
+        carry, count = while_loop(
+            lambda state: condition(state[0]),
+            lambda state: (body(state[0]), state[1] + 1),
+            (carry, jnp.int32(0)),
+        )
+        passes.append(count)
         return carry
+
+    @jax.jit
+    def search(x, k):
+        threshold, cut = xla.search(x, k, rank_by)
+        (count,) = passes
+        return kernels.kept(x, threshold, cut, rank_by), count
 
     monkeypatch.setattr(jax.lax, "while_loop", counted)
     rng = np.random.default_rng(6)
@@ -270,13 +293,13 @@ def test_passes_of_the_search_are_bounded(monkeypatch, rank_by):
     rows = np.concatenate([draw(rng, kind, (1, 60, 8)) for kind in kinds])
     # A pair one unit in the last place apart, at the cut.
     rows[0, :2] = np.array([[1.5], [np.nextafter(np.float32(1.5), np.float32(2))]])
-    x = jnp.asarray(rows)
+    counts = []
     for k in (1, 3, 30, 50, 59):
-        threshold, cut = xla.search(x, jnp.int32(k), rank_by)
-        mask = kernels.kept(x, threshold, cut, rank_by)
+        mask, count = search(rows, np.int32(k))
         expected = stable_topk_mask(rows[:, :, None], k, rank_by)[:, :, 0]
         np.testing.assert_array_equal(mask, expected)
-    assert 0 < max(passes) <= 40
+        counts.append(int(count))
+    assert 0 < max(counts) <= 40
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
