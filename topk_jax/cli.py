@@ -25,13 +25,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn, TextIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import tqdm
 from absl import app, flags, logging
 
 Item = TypeVar("Item")
+Word = TypeVar("Word", bound=str)
 
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
     "compilation_cache_dir",
@@ -50,7 +51,7 @@ _BAD_INPUT = (
     PermissionError,
 )
 # JAX's own errors (out of memory, no such backend) are RuntimeErrors.
-_RUN_FAILED = (OSError, RuntimeError, MemoryError)
+_RUN_FAILED = (OSError, RuntimeError, MemoryError, FloatingPointError)
 _BUGS = (NotImplementedError, RecursionError)
 # What a flag's parser may raise, ml_collections' override of an unknown field among it.
 _BAD_FLAG = (flags.Error, ValueError, TypeError, LookupError, AttributeError, OSError)
@@ -213,6 +214,66 @@ def parse_fractions(text: str, *, flag: str = "sparsity") -> tuple[float, ...]:
     return tuple(fractions.values())
 
 
+def parse_fraction(text: str, *, flag: str = "sparsity") -> float:
+    """Reads one kept fraction such as "0.05".
+
+    Raises:
+        ValueError: not one number that is more than 0 and at most 1.
+    """
+    fractions = parse_fractions(text, flag=flag)
+    if len(fractions) != 1:
+        raise ValueError(f"--{flag}={text}: expected one fraction, for example --{flag}=0.05")
+    return fractions[0]
+
+
+def parse_choices(words: Sequence[str], choices: Sequence[Word], *, flag: str) -> tuple[Word, ...]:
+    """Reads a list flag whose words are known.
+
+    Raises:
+        ValueError: an unknown word, one that is there twice, or none.
+    """
+    found = {choice: None for word in words for choice in choices if choice == word.strip()}
+    if not words or len(found) != len(words):
+        raise ValueError(
+            f"--{flag}={','.join(words)}: expected {', '.join(choices)}, each at most once"
+        )
+    return tuple(found)
+
+
+def parse_seeds(words: Sequence[str], *, flag: str = "seeds") -> tuple[int, ...]:
+    """Reads a list flag of seeds such as "0,1,2".
+
+    Raises:
+        ValueError: not whole numbers from 0 to 2**32 - 1, one that is there twice, or none.
+    """
+    seeds = {int(word): None for word in words if word.strip().isdecimal() and int(word) < 2**32}
+    if not words or len(seeds) != len(words):
+        raise ValueError(
+            f"--{flag}={','.join(words)}: expected whole numbers from 0 on, each once, separated "
+            f"by commas, for example --{flag}=0,1,2"
+        )
+    return tuple(seeds)
+
+
+def parse_size(text: str, *, flag: str = "size") -> int | tuple[int, int]:
+    """Reads the size of an image: its short side, "256", or width and height, "320x240".
+
+    Returns:
+        The short side, or (height, width), in pixels.
+
+    Raises:
+        ValueError: not one or two positive whole numbers.
+    """
+    parts = text.strip().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(
+            f"--{flag}={text}: expected pixels, the short side as --{flag}=256 or width and height "
+            f"as --{flag}=320x240"
+        )
+    numbers = [int(part) for part in parts]
+    return numbers[0] if len(numbers) == 1 else (numbers[1], numbers[0])
+
+
 def parse_shape(text: str, *, flag: str = "shapes") -> tuple[int, int, int, int]:
     """Reads a shape such as "16x28x28x512".
 
@@ -309,7 +370,13 @@ def _default_compilation_cache() -> pathlib.Path:
 
 
 def progress(
-    iterable: Iterable[Item], *, total: int | None = None, desc: str = "", unit: str = "it"
+    iterable: Iterable[Item],
+    *,
+    total: int | None = None,
+    desc: str = "",
+    unit: str = "it",
+    position: Callable[[Item], int] | None = None,
+    note: Callable[[Item], str] | None = None,
 ) -> Iterator[Item]:
     """Yields the items and shows how far it is, on stderr.
 
@@ -321,40 +388,62 @@ def progress(
         total: its length, if it cannot tell itself.
         desc: what is being done.
         unit: what an item is, for the rate.
+        position: how far it is after an item, for items that are not one unit each.
+        note: what else to say of the last item.
     """
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and position is None and hasattr(iterable, "__len__"):
         total = len(iterable)  # pyright: ignore[reportArgumentType]
-    if sys.stderr.isatty():
-        return _bar(iterable, total, desc, unit)
-    return _lines(iterable, total, desc, unit, sys.stderr)
+    show = _bar if sys.stderr.isatty() else _lines
+    return show(iterable, total, desc, unit, position, note)
 
 
-def _bar(iterable: Iterable[Item], total: int | None, desc: str, unit: str) -> Iterator[Item]:
-    with tqdm.tqdm(iterable, total=total, desc=desc, unit=unit, dynamic_ncols=True) as bar:
+def _bar(
+    iterable: Iterable[Item],
+    total: int | None,
+    desc: str,
+    unit: str,
+    position: Callable[[Item], int] | None,
+    note: Callable[[Item], str] | None,
+) -> Iterator[Item]:
+    with tqdm.tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True) as bar:
         _open_bars.append(bar)
         try:
-            yield from bar
+            for item in iterable:
+                yield item
+                if note:
+                    bar.set_postfix_str(note(item), refresh=False)
+                bar.update(position(item) - bar.n if position else 1)
         finally:
             if bar in _open_bars:
                 _open_bars.remove(bar)
 
 
 def _lines(
-    iterable: Iterable[Item], total: int | None, desc: str, unit: str, file: TextIO
+    iterable: Iterable[Item],
+    total: int | None,
+    desc: str,
+    unit: str,
+    position: Callable[[Item], int] | None,
+    note: Callable[[Item], str] | None,
 ) -> Iterator[Item]:
     start = last = time.monotonic()
+    begun: int | None = None  # where a continued run takes up; it has not done that much itself
     done = 0
+    noted = ""
 
     def say() -> None:
         seconds = max(time.monotonic() - start, 1e-9)
         of_total = "" if total is None else f"/{total}"
         head = f"{desc}: " if desc else ""
-        rate = f"{done / seconds:.3g} {unit}/s"
-        print(f"{head}{done}{of_total}, {seconds:.1f} s, {rate}", file=file, flush=True)
+        rate = f"{(done - (begun or 0)) / seconds:.3g} {unit}/s"
+        line = f"{head}{done}{of_total}, {seconds:.1f} s, {rate}{noted}"
+        print(line, file=sys.stderr, flush=True)
 
     for item in iterable:
         yield item
-        done += 1
+        done = position(item) if position else done + 1
+        begun = (done if position else 0) if begun is None else begun
+        noted = f", {note(item)}" if note else ""
         now = time.monotonic()
         if now - last >= max(10.0, 0.1 * (now - start)) and done != total:
             last = now

@@ -5,14 +5,20 @@ leaf. What is padded to fill the devices is masked by the caller or cut off agai
 """
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "devices"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 Device = Any
 """A `jax.Device`; type checkers take that name for a variable."""
@@ -98,3 +104,51 @@ def map_batches(
             yield fetch()
     while in_flight:
         yield fetch()
+
+
+def map_devices(
+    function: Callable[[Item, Device, threading.Event], Result],
+    items: Sequence[Item],
+    *,
+    devices: list[Device] | None = None,
+) -> Iterator[Result]:
+    """Calls `function(item, device, stop)` for independent problems: one a device at a time.
+
+    Nothing is exchanged between devices. With one device the calls are made one after another by
+    the caller itself; with several each device has a thread.
+
+    Args:
+        function: What it computes must lie on the device that it is given; it should return soon
+            after `stop` is set.
+        items: What to work on.
+        devices: Devices to use; all local ones by default.
+
+    Yields:
+        Results in the order of the items. An exception comes out where its result would have; it,
+        like leaving the iterator, stops the calls that have begun and drops the others.
+    """
+    devices = (devices or jax.local_devices())[: max(1, len(items))]
+    stop = threading.Event()
+    if len(devices) == 1:
+        for item in items:
+            yield function(item, devices[0], stop)
+        return
+    free: queue.SimpleQueue[Device] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def call(item: Item) -> Result:
+        device = free.get()
+        try:
+            return function(item, device, stop)
+        finally:
+            free.put(device)
+
+    with concurrent.futures.ThreadPoolExecutor(len(devices)) as executor:
+        pending = [executor.submit(call, item) for item in items]
+        try:
+            for future in pending:
+                yield future.result()
+        finally:
+            stop.set()
+            executor.shutdown(wait=False, cancel_futures=True)

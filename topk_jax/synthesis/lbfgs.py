@@ -11,8 +11,8 @@ The budget counts evaluations of value and gradient, as comparisons between opti
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,41 @@ class State(NamedTuple):
     first_gradient: float
     recent: tuple[float, ...]
     status: Status
+
+
+def state_to_arrays(state: State) -> dict[str, np.ndarray]:
+    """A state as named NumPy arrays, for `numpy.savez`; `state_from_arrays` gives it back exactly.
+
+    To be called before the next state is asked for.
+    """
+    fields = state._asdict() | {f"memory.{k}": v for k, v in state.memory._asdict().items()}
+    del fields["memory"]
+    return {name: np.asarray(value) for name, value in fields.items()}
+
+
+def state_from_arrays(arrays: Mapping[str, np.ndarray]) -> State:
+    """The state that `state_to_arrays` took apart.
+
+    Raises:
+        ValueError: Arrays of something else.
+    """
+    names = [f"memory.{name}" for name in optax.ScaleByLBFGSState._fields]
+    absent = {*names, *State._fields} - {*arrays, "memory"}
+    if absent:
+        raise ValueError(f"not the state of a search: no {', '.join(sorted(absent))}")
+    memory = optax.ScaleByLBFGSState(*(jnp.asarray(arrays[name]) for name in names))
+    return State(
+        x=jnp.asarray(arrays["x"]),
+        value=float(arrays["value"]),
+        gradient=jnp.asarray(arrays["gradient"]),
+        memory=memory,
+        fresh=bool(arrays["fresh"]),
+        iterations=int(arrays["iterations"]),
+        evaluations=int(arrays["evaluations"]),
+        first_gradient=float(arrays["first_gradient"]),
+        recent=tuple(arrays["recent"].tolist()),
+        status=cast(Status, str(arrays["status"])),
+    )
 
 
 class _Trial(NamedTuple):

@@ -21,19 +21,24 @@ def to_pixels(
 
 
 def match_histograms(
-    image: UInt8[np.ndarray, "h w c"], target: UInt8[np.ndarray, "th tw c"], *, bins: int = 256
+    image: UInt8[np.ndarray, "h w c"],
+    target: UInt8[np.ndarray, "th tw c"],
+    *,
+    bins: int | None = None,
 ) -> UInt8[np.ndarray, "h w c"]:
     """Gives each channel of an image the distribution of grey levels that the target's has.
 
     Each pixel goes from its rank in the image (equal pixels share their mean rank) to the level of
-    that rank in the target, which is read off the cumulative histogram of `bins` equal bins between
-    the target's least and greatest level, linearly between their edges. The result is cut down to
-    whole levels (Li et al. 2023, code, with 100 bins).
+    that rank in the target, read off the target's cumulative histogram linearly between the edges
+    of its bins.
 
     Args:
         image: uint8; its size may differ from the target's.
         target: uint8, with as many channels.
-        bins: Of the target's histogram.
+        bins: None is one bin about each grey level, and the result is rounded: an image matched to
+            itself stays as it is. A number is that of equal bins from the target's least to its
+            greatest level, and the result is cut down to whole levels (Li et al. 2023, code, with
+            100).
 
     Raises:
         ValueError: Another dtype, other channels, no pixels, or no bins.
@@ -45,7 +50,7 @@ def match_histograms(
         )
     if image.dtype != np.uint8 or target.dtype != np.uint8 or not image.size * target.size:
         raise ValueError("images to be matched: expected uint8 and at least one pixel")
-    if bins < 1:
+    if bins is not None and bins < 1:
         raise ValueError(f"bins={bins}: expected at least 1")
     matched = np.empty_like(image)
     for channel in range(image.shape[2]):
@@ -54,12 +59,18 @@ def match_histograms(
     return matched
 
 
-def _matched(source: np.ndarray, target: np.ndarray, bins: int) -> np.ndarray:
+def _matched(source: np.ndarray, target: np.ndarray, bins: int | None) -> np.ndarray:
     """Levels, float64, of the source's pixels."""
     counts = np.bincount(source, minlength=256)
-    # Mean rank, from 1 on, of the pixels of a level; divided by the number of pixels.
-    rank = (np.cumsum(counts) - (counts - 1) / 2) / source.size
-    histogram, edges = np.histogram(target, bins=bins)
+    middle = np.cumsum(counts) - counts / 2
+    if bins is None:
+        # Half a pixel below the mean rank, a level meets the middle of its own bin.
+        rank = middle / source.size
+        histogram, edges = np.histogram(target, bins=np.arange(257) - 0.5)
+    else:
+        rank = (middle + 0.5) / source.size
+        histogram, edges = np.histogram(target, bins=bins)
     cumulative = np.concatenate([[0.0], np.cumsum(histogram) / target.size])
     # Where the cumulative histogram is level, a rank that meets it exactly gets its last edge.
-    return np.interp(rank, cumulative, edges)[source]
+    levels = np.interp(rank, cumulative, edges)
+    return (np.rint(levels) if bins is None else levels)[source]

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, PRNGKeyArray, UInt8
 
@@ -174,9 +173,48 @@ def _of_numbers(space: Parametrization, objective: Scaled, z: Any) -> Any:
 
 def image(problem: Problem, state: lbfgs.State) -> Float32[np.ndarray, "h w 3"]:
     """The image of a state, in the network's units."""
-    return np.asarray(problem.parametrization.to_image(jnp.asarray(state.x)))[0]
+    return np.asarray(problem.parametrization.to_image(state.x))[0]
 
 
 def picture(problem: Problem, state: lbfgs.State) -> UInt8[np.ndarray, "h w 3"]:
     """The picture of a state."""
     return postprocessing.to_pixels(image(problem, state), problem.preprocessing)
+
+
+def distances(
+    preset: Preset,
+    features: jax.tree_util.Partial,
+    target: UInt8[np.ndarray, "h w 3"],
+    problem: Problem,
+    state: lbfgs.State,
+) -> dict[str, float]:
+    """How far an image is from its target, whatever it was asked for.
+
+    Args:
+        preset: Gives the layers.
+        features: What `extractor` gave.
+        target: As in `create_problem`.
+        problem: Of the image.
+        state: The image.
+
+    Returns:
+        `gram_distance`, the norm of the difference between the Gram matrices of all activations,
+        over all layers, relative to the target's; `activation_distance`, the same of the
+        activations of the last layer.
+    """
+    normalized = images.normalize(target[None], problem.preprocessing)
+    gram = objectives.texture_objective(
+        features, normalized, layers=dict.fromkeys(preset.layers, 1)
+    )
+    last = objectives.reconstruction_objective(features, normalized, layers={preset.layers[-1]: 1})
+    x = problem.parametrization.to_image(state.x)
+    return {
+        "gram_distance": float(_value(gram, x)) ** 0.5,
+        "activation_distance": float(_value(last, x)) ** 0.5,
+    }
+
+
+@jax.jit
+def _value(objective: Scaled, x: Any) -> Any:
+    with jax.default_matmul_precision("highest"):
+        return objective(x)
