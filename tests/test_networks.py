@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import reference_weights
 
+from topk_jax import kernels
 from topk_jax.networks import create_network, list_networks, variable_shapes
-from topk_jax.topk import TopK
+from topk_jax.topk import TopK, _topk
 from topk_jax.weights.conversion import state_dict_to_variables, variables_to_state_dict
 
 # Parameters as torchvision documents them.
@@ -49,6 +50,11 @@ def seeded_variables(network, *, image_size: int = 224):
     return state_dict_to_variables(reference_weights.weights(names), shapes)
 
 
+def run(network, variables, images):
+    """Logits and features, as one program."""
+    return jax.jit(lambda v, x: network.apply(v, x, train=False))(variables, images)
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_number_of_parameters(name):
     shapes = variable_shapes(create_network(name))
@@ -59,8 +65,34 @@ def test_every_network_is_tested():
     assert set(list_networks()) - {"builtin"} == set(PARAMETERS)
 
 
-@pytest.mark.parametrize("name", reference_weights.CASES)
-def test_stored_outputs_of_torchvision(name):
+def select_by_sorting(x, k, rank_by, keep, implementation):
+    """`kernels.select` as far as these networks use it, compiled in a tenth of the time."""
+    assert (rank_by, keep, implementation) == ("magnitude", "top", "xla")
+    rank = jnp.argsort(jnp.argsort(-jnp.abs(x), axis=1, stable=True), axis=1)
+    return kernels.Selected(jnp.where(rank < k, x, 0.0), threshold=k, cut=k)
+
+
+# The library's own search in two networks, and in the others if asked for.
+SEARCHES = [
+    *[pytest.param(name, True, id=name) for name in ("resnet18", "squeezenet1_1")],
+    *[
+        pytest.param(name, own, id=f"{name}-{'own search' if own else 'sorting'}", marks=marks)
+        for own, marks in ((False, ()), (True, pytest.mark.slow))
+        for name in ("alexnet", "vgg11_bn", "resnet50")
+    ],
+]
+
+
+def test_every_stored_output_is_compared():
+    assert {case.values[0] for case in SEARCHES} == set(reference_weights.CASES)
+
+
+@pytest.mark.parametrize(("name", "own_search"), SEARCHES)
+def test_stored_outputs_of_torchvision(monkeypatch, name, own_search):
+    if not own_search:
+        monkeypatch.setattr(kernels, "select", select_by_sorting)
+        # Without its jit, which would keep the programs for other tests.
+        monkeypatch.setattr("topk_jax.topk._topk", _topk.__wrapped__)
     stored = np.load(reference_weights.DATA / f"torchvision_{name}.npz")
     images = reference_weights.image(reference_weights.CASES[name])
     variables = None
@@ -68,8 +100,7 @@ def test_stored_outputs_of_torchvision(name):
         network = create_network(name, topk=fraction, num_classes=reference_weights.NUM_CLASSES)
         if variables is None:
             variables = seeded_variables(network)
-        apply = jax.jit(lambda v, x, network=network: network.apply(v, x, train=False))
-        _, features = apply(variables, images)
+        _, features = run(network, variables, images)
         assert {f"{prefix}/{key}" for key in features} == {
             key for key in stored.files if key.startswith(prefix)
         }
@@ -95,8 +126,7 @@ def test_torchvision_module(name, side):
     variables = state_dict_to_variables(state, variable_shapes(create_network(name)))
     for fraction in (None, 0.1):
         network = create_network(name, topk=fraction)
-        apply = jax.jit(lambda v, x, network=network: network.apply(v, x, train=False))
-        logits, features = apply(variables, images)
+        logits, features = run(network, variables, images)
         expected = torch_reference.features(
             name, model, images, fraction, continue_with=features if fraction else None
         )
@@ -172,12 +202,12 @@ def small(**options):
 
 
 def test_asking_for_features_never_changes_logits():
-    network = small(topk=0.3)
+    network = small(topk={"pool1": 0.3, "relu3_2": 0.3})
     images = reference_weights.image(32)
     variables = seeded_variables(network, image_size=32)
-    with_features = jax.jit(lambda v, x: network.apply(v, x, train=False))
     alone = jax.jit(lambda v, x: network.apply(v, x, train=False)[0])
-    np.testing.assert_array_equal(with_features(variables, images)[0], alone(variables, images))
+    with_features = run(network, variables, images)
+    np.testing.assert_array_equal(with_features[0], alone(variables, images))
 
 
 def test_features_are_what_the_next_layer_sees():
@@ -186,8 +216,8 @@ def test_features_are_what_the_next_layer_sees():
     network = small(topk=sites)
     images = reference_weights.image(32)
     variables = seeded_variables(network, image_size=32)
-    _, features = network.apply(variables, images, train=False)
-    _, plain = small().apply(variables, images, train=False)
+    _, features = run(network, variables, images)
+    _, plain = run(small(), variables, images)
     assert np.count_nonzero(features["pool1"], axis=(1, 2)).max() <= int(0.1 * 16 * 16)
     kept = np.asarray(features["pool1"]) != 0
     np.testing.assert_array_equal(
@@ -201,7 +231,7 @@ def test_features_are_what_the_next_layer_sees():
 def test_average_pooling_is_an_option_of_vgg():
     network, images = small(pool="average"), reference_weights.image(32)
     variables = seeded_variables(network, image_size=32)
-    _, features = network.apply(variables, images, train=False)
+    _, features = run(network, variables, images)
     relu = np.asarray(features["relu1_1"])
     expected = relu.reshape(2, 16, 2, 16, 2, 4).mean(axis=(2, 4))
     np.testing.assert_allclose(features["pool1"], expected, rtol=1e-5, atol=1e-6)
@@ -220,11 +250,13 @@ def test_errors_name_what_would_be_right():
 
 
 def test_a_network_works_in_nnx():
-    network, images = small(topk={"pool2": 0.5}), reference_weights.image(32)
+    options = {"convolutions": (1, 1), "widths": (4, 8), "hidden": ()}  # initialised op by op
+    network = create_network("builtin", topk={"pool2": 0.5}, **options)
+    images = reference_weights.image(16)
     module = flax.nnx.bridge.ToNNX(network, rngs=flax.nnx.Rngs(0))
     module.lazy_init(images, train=False)
     params = flax.nnx.to_pure_dict(flax.nnx.state(module, flax.nnx.Param))
     logits, features = module(images, train=False)
-    expected, expected_features = network.apply({"params": params}, images, train=False)
+    expected, expected_features = run(network, {"params": params}, images)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
     assert list(features) == list(expected_features)
