@@ -152,15 +152,18 @@ def minimize(
         ValueError: A bad setting.
         FloatingPointError: The objective or its gradient is not finite at the start.
     """
-    if max_evaluations < 1 or memory_size < 1 or (max_iterations or 1) < 1:
+    if min(max_evaluations, memory_size, 1 if max_iterations is None else max_iterations) < 1:
         raise ValueError(
             f"max_evaluations={max_evaluations}, max_iterations={max_iterations}, "
             f"memory_size={memory_size}: expected at least 1 of each"
         )
     if not isinstance(objective, jax.tree_util.Partial):
         objective = jax.tree_util.Partial(objective)
-    limits = None if bounds is None else tuple(jnp.asarray(b, jnp.float32) for b in bounds)
-    state = resume or _start(objective, jnp.asarray(x, jnp.float32), limits, memory_size)
+    x = jnp.asarray(x if resume is None else resume.x, jnp.float32)
+    limits = None
+    if bounds is not None:
+        limits = tuple(jnp.broadcast_to(jnp.asarray(b, jnp.float32), x.shape) for b in bounds)
+    state = resume or _start(objective, x, limits, memory_size)
     while True:
         if state.status == "running":
             largest = math.inf
@@ -181,7 +184,7 @@ def minimize(
 
 
 def _stalled(state: State, tolerance: float) -> bool:
-    enough = len(state.recent) == _STALL_STEPS
+    enough = tolerance > 0 and len(state.recent) == _STALL_STEPS
     return enough and state.recent[0] - state.value < tolerance * abs(state.value)
 
 
@@ -317,7 +320,7 @@ def _search(
 
     Returns:
         The accepted trial, else the lowest one with a sufficient decrease, else None; and the
-        number of evaluations.
+        number of evaluations. Only an accepted trial may be higher than the start, by rounding.
     """
     slack = 4 * _EPSILON * abs(start.value)
     low, high = start, None
@@ -347,7 +350,7 @@ def _search(
         step, slow = _inside(low, high, slow)
     else:
         used = trials
-    return (None if low is start else low), used
+    return (low if low.value < start.value else None), used
 
 
 def _inside(low: _Trial, high: _Trial, slow: bool) -> tuple[float, bool]:
