@@ -3,8 +3,10 @@ r"""Measures speed, side by side with PyTorch where it is installed.
     python scripts/benchmark.py inference
     python scripts/benchmark.py inference --networks=vgg16 --batch_size=8 --output=speed.json
     python scripts/benchmark.py topk --shapes=16x28x28x512 --sparsity=0.05,0.5
+    python scripts/benchmark.py synthesis --input=photos --weights=normalised --evaluations=150,500
 
 inference: images a second of whole networks, plain and with Top-K. topk: the activation alone.
+synthesis: an evaluation of the texture loss and, with --evaluations, whole searches.
 Leave the machine alone meanwhile. `taskset -c 0,1 python ...` limits both sides to two cores.
 """
 
@@ -19,7 +21,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_enum(
     "benchmark",
     "inference",
-    ["inference", "topk"],
+    ["inference", "topk", "synthesis"],
     "What is measured; also written as the first word.",
 )
 flags.DEFINE_list(
@@ -32,7 +34,21 @@ flags.DEFINE_string(
     "inference, where the plain networks are always measured; 0.05,0.1,0.2,0.5 for topk.",
 )
 flags.DEFINE_integer("batch_size", 32, "inference: images a call.", lower_bound=1)
-flags.DEFINE_integer("image_size", 224, "inference: side of the images, pixels.", lower_bound=1)
+flags.DEFINE_integer(
+    "image_size",
+    None,
+    "Side of the images, pixels. Default: 224 for inference, 256 for synthesis.",
+    lower_bound=1,
+)
+flags.DEFINE_string("preset", "li2023", "synthesis: as in synthesize.py, of a VGG.")
+flags.DEFINE_string("weights", None, "synthesis: a tag or a file. Default: random.")
+flags.DEFINE_string("input", "builtin", "synthesis: builtin, a picture, or a folder of pictures.")
+flags.DEFINE_list("mode", "all", "synthesis: all, top, rest, separated by commas.")
+flags.DEFINE_list(
+    "evaluations",
+    None,
+    "synthesis: budgets at which L-BFGS is compared with PyTorch's and SciPy's. Default: none.",
+)
 flags.DEFINE_list("shapes", "", "topk: shapes, as 16x28x28x512 (NHWC). Default: thirteen.")
 flags.DEFINE_list("dtypes", "float32,bfloat16", "topk: types, separated by commas.")
 flags.DEFINE_enum(
@@ -53,7 +69,7 @@ def main(_) -> None:
     # Compiled anew unless a folder is named: the time that it takes is part of the result.
     cli.enable_compilation_cache(FLAGS.compilation_cache_dir or "")
 
-    from topk_jax.jobs import benchmark_inference, benchmark_topk
+    from topk_jax.jobs import benchmark_inference, benchmark_synthesis, benchmark_topk, synthesize
 
     print(cli.device_line(), flush=True)
     arguments = [word for word in sys.argv[1:] if not word.startswith("--output=")]
@@ -74,21 +90,25 @@ def main(_) -> None:
             **common,
         )
         return
+    if FLAGS.benchmark == "synthesis":
+        benchmark_synthesis.run(
+            preset=FLAGS.preset,
+            weights=FLAGS.weights,
+            source=FLAGS.input,
+            modes=cli.parse_choices(FLAGS.mode, synthesize.MODES, flag="mode"),
+            image_size=FLAGS.image_size or 256,
+            evaluations=cli.parse_counts(FLAGS.evaluations or [], flag="evaluations"),
+            **common,
+        )
+        return
     benchmark_inference.run(
         FLAGS.networks,
         sparsities=fractions or (0.1,),
         batch_size=FLAGS.batch_size,
-        image_size=FLAGS.image_size,
+        image_size=FLAGS.image_size or 224,
         **common,
     )
 
 
-def with_first_word(argv: list[str]) -> list[str]:
-    """Writes the first word, `inference` or `topk`, as the flag that it stands for."""
-    if len(argv) > 1 and not argv[1].startswith("-"):
-        return [argv[0], f"--benchmark={argv[1]}", *argv[2:]]
-    return argv
-
-
 if __name__ == "__main__":
-    cli.run(main, argv=with_first_word(sys.argv))
+    cli.run(main, argv=cli.with_first_word(sys.argv, flag="benchmark"))

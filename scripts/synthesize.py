@@ -78,7 +78,7 @@ def main(_) -> None:
 
     size = cli.parse_size(FLAGS.size) if FLAGS.size else None
     modes = cli.parse_choices(FLAGS.mode, synthesize.MODES, flag="mode")
-    seeds = cli.parse_seeds(FLAGS.seeds)
+    seeds = cli.parse_counts(FLAGS.seeds, flag="seeds", least=0) or (0,)
     sparsity = cli.parse_fraction(FLAGS.sparsity) if FLAGS.sparsity else None
     if FLAGS.list_layers:
         print("\n".join(synthesize.list_layers(FLAGS.preset)))

@@ -182,6 +182,13 @@ def _flush_stdout() -> int:
     return code
 
 
+def with_first_word(argv: Sequence[str], *, flag: str) -> list[str]:
+    """Writes a first word that is no flag, as in `benchmark.py topk`, as the flag it stands for."""
+    if len(argv) > 1 and not argv[1].startswith("-"):
+        return [argv[0], f"--{flag}={argv[1]}", *argv[2:]]
+    return list(argv)
+
+
 def parse_fractions(text: str, *, flag: str = "sparsity") -> tuple[float, ...]:
     """Reads a comma list of kept fractions such as "0.5,0.1".
 
@@ -240,19 +247,21 @@ def parse_choices(words: Sequence[str], choices: Sequence[Word], *, flag: str) -
     return tuple(found)
 
 
-def parse_seeds(words: Sequence[str], *, flag: str = "seeds") -> tuple[int, ...]:
-    """Reads a list flag of seeds such as "0,1,2".
+def parse_counts(words: Sequence[str], *, flag: str, least: int = 1) -> tuple[int, ...]:
+    """Reads a list flag of whole numbers such as "0,1,2"; an empty list is none.
 
     Raises:
-        ValueError: not whole numbers from 0 to 2**32 - 1, one that is there twice, or none.
+        ValueError: not whole numbers from `least` to 2**32 - 1, or one that is there twice.
     """
-    seeds = {int(word): None for word in words if word.strip().isdecimal() and int(word) < 2**32}
-    if not words or len(seeds) != len(words):
+    counts = {
+        int(word): None for word in words if word.strip().isdecimal() and least <= int(word) < 2**32
+    }
+    if len(counts) != len(words):
         raise ValueError(
-            f"--{flag}={','.join(words)}: expected whole numbers from 0 on, each once, separated "
-            f"by commas, for example --{flag}=0,1,2"
+            f"--{flag}={','.join(words)}: expected whole numbers from {least} on, each once, "
+            f"separated by commas, for example --{flag}={least},{least + 1}"
         )
-    return tuple(seeds)
+    return tuple(counts)
 
 
 def parse_size(text: str, *, flag: str = "size") -> int | tuple[int, int]:

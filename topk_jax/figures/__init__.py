@@ -6,6 +6,7 @@ PNG and PDF.
 """
 
 from topk_jax.figures.contact_sheet import contact_sheet as contact_sheet
+from topk_jax.figures.pictures import picture_rows as picture_rows
 from topk_jax.figures.shape_bias import shape_bias_boxplot as shape_bias_boxplot
 from topk_jax.figures.shape_bias import shape_bias_matrix as shape_bias_matrix
 from topk_jax.figures.style import HUMANS as HUMANS

@@ -13,7 +13,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -45,13 +45,11 @@ class Target:
     Attributes:
         stem: What its results are called by.
         pixels: The picture at the size of the results.
-        original: The picture as it was read.
-        sha256: Of the pixels as they were read.
+        sha256: Of the pixels as they were read, before they were resized.
     """
 
     stem: str
     pixels: UInt8[np.ndarray, "h w 3"]
-    original: UInt8[np.ndarray, "H W 3"]
     sha256: str
 
 
@@ -77,6 +75,12 @@ class Image:
         return f"{self.target.stem}_{self.objective}_{self.mode}_seed{self.seed}"
 
 
+def setting_of(preset: str, **changes: Any) -> Preset:
+    """A preset with those of its fields changed that are not None."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(synthesis.find_preset(preset), **given)
+
+
 def list_layers(preset: Preset) -> list[str]:
     """Lines that name every feature of a preset's network, those that it compares marked."""
     return [
@@ -91,10 +95,18 @@ def read_targets(source: str | os.PathLike[str], preset: Preset) -> list[Target]
         ValueError: No pictures, a damaged one, or two whose results would have the same name.
         OSError: What cannot be read.
     """
+    targets = []
+    for stem, pixels in _read(source):
+        digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        targets.append(Target(stem, synthesis.fit_target(pixels, preset), digest))
+    return targets
+
+
+def _read(source: str | os.PathLike[str]) -> Iterator[tuple[str, UInt8[np.ndarray, "h w 3"]]]:
     if source == BUILTIN:
         stimuli = builtin.builtin_congruent(seed=0, per_category=1)
-        found = [(stimuli.category[i], stimuli.load(i)) for i in _BUILTIN_TARGETS]
-        return [_target(name, pixels, preset) for name, pixels in found]
+        yield from ((stimuli.category[i], stimuli.load(i)) for i in _BUILTIN_TARGETS)
+        return
     path = files.local_path(source)
     paths = images.list_images(path) if path.is_dir() else [path]
     if not paths:
@@ -106,15 +118,7 @@ def read_targets(source: str | os.PathLike[str], preset: Preset) -> list[Target]
             raise ValueError(
                 f"{path}: {other.name} and {file.name} would share their results' names; rename one"
             )
-    return [
-        _target(file.stem, pixels, preset)
-        for file, pixels in zip(paths, images.map_parallel(images.read_image, paths), strict=True)
-    ]
-
-
-def _target(stem: str, pixels: UInt8[np.ndarray, "h w 3"], preset: Preset) -> Target:
-    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-    return Target(stem, synthesis.fit_target(pixels, preset), pixels, digest)
+    yield from zip(stems, images.map_parallel(images.read_image, paths), strict=True)
 
 
 def run(
@@ -168,11 +172,14 @@ def run(
         ValueError: Bad input; OSError: what cannot be read, downloaded or written.
         FloatingPointError: An objective that is not finite at the start.
     """
-    setting = synthesis.find_preset(preset)
-    changes = {"layers": tuple(layers) if layers else None, "size": size, "sparsity": sparsity,
-               "objective": objective, "max_evaluations": max_evaluations}  # fmt: skip
-    given = {name: value for name, value in changes.items() if value is not None}
-    setting = dataclasses.replace(setting, **given)
+    setting = setting_of(
+        preset,
+        layers=tuple(layers) if layers else None,
+        size=size,
+        sparsity=sparsity,
+        objective=objective,
+        max_evaluations=max_evaluations,
+    )
     loaded = synthesis.load_weights(setting, weights=weights)
     targets = read_targets(source, setting)
     todo = [
