@@ -128,7 +128,7 @@ def builtin_predict(topk=None):
     return lambda variables, images: network.apply(variables, images, train=False)[0]
 
 
-def evaluate_builtin(predict, *, devices=None, count=1280):
+def evaluate_builtin(predict, *, devices=None, count):
     stimuli = builtin_cue_conflict()
     step = len(stimuli) // count
     return evaluation.evaluate(
@@ -173,7 +173,7 @@ def test_faulty_layer_is_the_published_one():
 
 def test_networks_at_chance_are_flagged():
     """The faulty layer at every pool, and shuffled answers; the plain network is not."""
-    plain = evaluate_builtin(builtin_predict())
+    plain = evaluate_builtin(builtin_predict(), count=640)
     assert not metrics.shape_bias(plain, bootstrap=0).at_chance
 
     def faulty(variables, images):
@@ -200,7 +200,7 @@ def test_networks_at_chance_are_flagged():
         assert len(network.convolutions) == 5
         return x
 
-    broken = metrics.shape_bias(evaluate_builtin(faulty), bootstrap=0)
+    broken = metrics.shape_bias(evaluate_builtin(faulty, count=640), bootstrap=0)
     assert broken.at_chance
     assert any("chance" in warning for warning in broken.warnings)
 

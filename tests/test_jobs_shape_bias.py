@@ -238,7 +238,7 @@ def run_script(capsys, *arguments) -> tuple[int, str, str]:
     with flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
         with pytest.raises(SystemExit) as error:
-            cli.run(module.main, argv=["shape_bias.py", *arguments, "--compilation_cache_dir="])
+            cli.run(module.main, argv=["shape_bias.py", *arguments])
     captured = capsys.readouterr()
     return int(error.value.code or 0), captured.out, captured.err
 
@@ -365,7 +365,7 @@ def test_ctrl_c(data, tmp_path):
     """Interrupted while it works: exit code 130, no half file, and the same command goes on."""
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "scripts" / "shape_bias.py"), f"--output_dir={out}",
-               "--sparsity=0.5,0.4,0.3,0.2,0.1,0.05", "--compilation_cache_dir="]  # fmt: skip
+               "--sparsity=0.5,0.4,0.3,0.2,0.1,0.05"]  # fmt: skip
     process = subprocess.Popen(
         [*command, f"--data={data}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=_environment(),

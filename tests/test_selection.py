@@ -95,7 +95,7 @@ def test_axes_against_a_loop(name):
         y = module.apply({}, x)
         return jnp.sum(y * weights), y
 
-    gradient, y = jax.grad(weighted, has_aux=True)(x)
+    gradient, y = jax.jit(jax.grad(weighted, has_aux=True))(x)
     np.testing.assert_array_equal(y, np.where(mask, x, 0))
     np.testing.assert_array_equal(gradient, np.where(mask, weights, 0))
 
@@ -269,7 +269,7 @@ def mapped():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_transformations(name, mapped):
     (x, weights, keys), results = mapped
-    gradient = jax.grad(functools.partial(total, name), has_aux=True)
+    gradient = jax.jit(jax.grad(functools.partial(total, name), has_aux=True))
     dx, y = results[name]
     if "random" in name:
         # Each image has a key of its own, so its positions do not depend on the batch.

@@ -114,7 +114,7 @@ def test_one_step_is_gradient_descent_on_the_mean_cross_entropy():
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:50, None], axis=1)
         return -jnp.mean(chosen)
 
-    value, gradient = jax.value_and_grad(loss)(before)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(before)
     np.testing.assert_allclose(sums["loss"] / 50, value, rtol=1e-5)
     wanted = jax.tree.map(lambda p, g: np.asarray(p) - 0.1 * np.asarray(g), before, gradient)
     for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(after["params"]), strict=True):
@@ -166,7 +166,7 @@ def test_fit_learns_a_small_problem_and_reports():
     images, labels = small_data(100, seed=1)
     x = (images.astype(np.float32) / 255 - 0.5) / 0.25
     variables = jax.device_get(state.variables)
-    logits, _ = small_network().apply(variables, x, train=False)
+    logits, _ = jax.jit(lambda v, x: small_network().apply(v, x, train=False))(variables, x)
     assert np.mean(np.argmax(logits, axis=-1) == labels) > 0.9
 
 

@@ -182,13 +182,13 @@ class _Loss:
             x = found[name]
             if self.statistic == "gram":
                 x = gram_matrix(masked(x, self.mode, self.sparsity))
-            for mask in where:
-                x = jnp.where(mask, x, 0)
             if x.shape != target.shape:
                 raise ValueError(
                     f"{name} is {x.shape[1:3]} here and {target.shape[1:3]} in the target: "
                     "reconstruction needs an image of the target's size"
                 )
+            for mask in where:
+                x = jnp.where(mask, x, 0)
             terms.append(self._reduced(weight, unit, x - target))
         return jnp.sum(jnp.stack(terms))
 
@@ -226,6 +226,8 @@ def _scaled(loss: _Loss, features: Features, target: Any) -> Scaled:
     target = jnp.asarray(target, jnp.float32)
     if target.ndim != 4 or target.shape[0] != 1:
         raise ValueError(f"target of shape {target.shape}: expected one image, [1, h, w, channels]")
+    if not np.all(np.isfinite(target)):  # the rest may leave it out
+        raise ValueError("the target has values that are not finite")
     with jax.default_matmul_precision("highest"):
         targets, unit = _prepared(jax.tree_util.Partial(loss, features), target)
     value = float(unit)
