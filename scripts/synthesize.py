@@ -81,7 +81,8 @@ def main(_) -> None:
     seeds = cli.parse_counts(FLAGS.seeds, flag="seeds", least=0) or (0,)
     sparsity = cli.parse_fraction(FLAGS.sparsity) if FLAGS.sparsity else None
     if FLAGS.list_layers:
-        print("\n".join(synthesize.list_layers(FLAGS.preset)))
+        preset = synthesize.setting_of(FLAGS.preset, layers=FLAGS.layers)
+        print("\n".join(synthesize.list_layers(preset)))
         return
     cli.enable_compilation_cache(FLAGS.compilation_cache_dir)
     print(cli.device_line(), flush=True)

@@ -13,7 +13,8 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -231,9 +232,10 @@ def run(
             missing, parallel.map_devices(maker.make, missing, devices=devices), strict=True
         ):
             rows[image.name] = row
-            losses.extend((image.name, *point) for point in trace)
-            _write_losses(folder.path / _LOSSES, losses)
-            summary = head | {"images": [rows[i.name] for i in todo if i.name in rows]}
+            losses[image.name] = trace
+            finished = [each.name for each in todo if each.name in rows]
+            _write_losses(folder.path / _LOSSES, {name: losses[name] for name in finished})
+            summary = head | {"images": [rows[name] for name in finished]}
             folder.write_summary(summary)
             report(format_row(row))
         summary = head | {"images": [rows[image.name] for image in todo]}
@@ -382,12 +384,12 @@ class _Maker:
         if not path.exists():
             return None, [], 0.0
         try:
-            with np.load(path) as file:
-                arrays = dict(file)
+            with open(path, "rb") as file, np.load(file) as archive:
+                arrays = dict(archive)
             state = lbfgs.state_from_arrays(arrays)
             trace = [(int(i), int(e), float(loss)) for i, e, loss in arrays["trace"]]
             return state, trace, float(arrays["seconds"])
-        except (ValueError, KeyError, EOFError, OSError) as error:
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
             logging.warning("%s: %s; the image is begun again", path, error)
             return None, [], 0.0
 
@@ -402,19 +404,22 @@ def _refuse_other_targets(folder: files.RunFolder, targets: Sequence[Target]) ->
             )
 
 
-def _read_losses(path: pathlib.Path, rows: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Lines of the images that are finished."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return [tuple(line) for line in csv.reader(file) if line and line[0] in rows]
+def _read_losses(path: pathlib.Path, rows: dict[str, Any]) -> dict[str, list[Any]]:
+    """Lines of the images that are finished, by image."""
+    losses: dict[str, list[Any]] = {name: [] for name in rows}
+    if path.exists():
+        with open(path, encoding="utf-8", newline="") as file:
+            for name, *point in csv.reader(file):
+                if name in losses:
+                    losses[name].append(point)
+    return losses
 
 
-def _write_losses(path: pathlib.Path, losses: Sequence[tuple[Any, ...]]) -> None:
+def _write_losses(path: pathlib.Path, losses: Mapping[str, Sequence[Any]]) -> None:
     with files.atomic_write(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
-        writer.writerows(losses)
+        writer.writerows((name, *point) for name, trace in losses.items() for point in trace)
 
 
 def _draw_sheet(folder: pathlib.Path, todo: Sequence[Image], modes: int) -> None:

@@ -122,6 +122,8 @@ def create_problem(
         raise ValueError(
             f"target of {target.dtype} {list(target.shape)}: expected uint8 [height, width, 3]"
         )
+    if np.all(target == target[:1, :1]):
+        raise ValueError("the target is of one colour: there is nothing to synthesise")
     if features is None:
         features = extractor(preset, weights)
     normalized = np.asarray(images.normalize(target[None], weights.preprocessing))
