@@ -18,6 +18,7 @@ from topk_jax import (
     parallel,
     selection,
     stimuli,
+    synthesis,
     telemetry,
     topk,
     weights,
@@ -25,7 +26,7 @@ from topk_jax import (
 
 MODULES = (
     *(topk_jax, decisions, evaluation, figures, files, images, metrics, networks, parallel),
-    *(selection, stimuli, telemetry, topk, weights),
+    *(selection, stimuli, synthesis, telemetry, topk, weights),
 )
 
 

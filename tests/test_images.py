@@ -496,6 +496,46 @@ def test_resizing_a_line_is_refused():
         images.resize_short_side(np.zeros((1, 30000, 3), np.uint8), 256)
 
 
+@pytest.mark.parametrize("size", [(5, 9), (24, 7), (31, 12), (11, 40)])
+def test_resize_to_both_sides_is_pillows_lanczos(size):
+    image = pattern(13, 12)
+    expected = Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS)
+    found = images.resize(image, *size)
+    assert found.shape == (*size, 3)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+def test_resized_by_a_lanczos_sum():
+    row = np.array([8, 16, 40, 80, 120, 200, 240, 248], np.float64)
+    image = np.repeat(np.repeat(row[None, :, None], 8, 0), 3, -1).astype(np.uint8)
+    found = images.resize(image, 8, 4)
+    centres = (np.arange(4) + 0.5) * 2
+    for i, centre in enumerate(centres):
+        # sinc(t) sinc(t / 3) within three pixels of the result, that is six of the image.
+        t = (np.arange(8) + 0.5 - centre) / 2
+        weights = np.where(np.abs(t) < 3, np.sinc(t) * np.sinc(t / 3), 0)
+        expected = np.clip(weights @ row / weights.sum(), 0, 255)
+        np.testing.assert_allclose(found[0, i], expected, atol=1)
+
+
+def test_resize_to_the_same_size_is_the_image_itself():
+    image = pattern(6, 7)
+    assert images.resize(image, 6, 7) is image
+
+
+def test_resize_refuses(monkeypatch):
+    for image in (pattern(4, 5).astype(np.float32), pattern(4, 5)[..., :2], pattern(4, 5)[:0]):
+        with pytest.raises(ValueError, match=r"expected uint8 \[height, width, 3\]"):
+            images.resize(image, 4, 4)
+    for size in ((0, 4), (4, 0), (-1, 4)):
+        with pytest.raises(ValueError, match="expected a number of pixels of at least 1"):
+            images.resize(pattern(4, 5), *size)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(ValueError, match="36 x 20 pixels: more than 700"):
+        images.resize(pattern(4, 5), 20, 36)
+
+
 @pytest.mark.parity
 def test_parity_with_torchvision():
     pytest.importorskip("torch")

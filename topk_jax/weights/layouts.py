@@ -45,9 +45,9 @@ def to_torchvision(
         ValueError: the 1x1 convolution of the AdaIN layout is another than described.
     """
     modules = {name.rpartition(".")[0] for name in state_dict}
-    if modules <= set(_CAFFE):
+    if modules and modules <= set(_CAFFE):
         names = _CAFFE
-    elif modules and modules <= {_COLOUR, *_ADAIN} and _COLOUR in modules:
+    elif modules <= {_COLOUR, *_ADAIN} and _COLOUR in modules:
         names = _ADAIN
         _check_colours(state_dict, source)
     else:
