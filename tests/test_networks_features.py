@@ -22,8 +22,8 @@ def modules(shapes, collection="params"):
 
 
 def features_up_to(index):
-    """Convolutions of torchvision's VGG-16 up to an index of `features`."""
-    return {f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28) if i <= index}
+    """Convolutions of torchvision's VGG-11 up to an index of `features`."""
+    return {f"features.{i}" for i in (0, 3, 6, 8, 11, 13, 16, 18) if i <= index}
 
 
 def block(name, *, downsample=False):
@@ -40,13 +40,10 @@ STAGE1 = block("layer1.0") | block("layer1.1")
 @pytest.mark.parametrize(
     ("model", "names", "expected"),
     [
-        ("vgg16", ("conv1_1",), features_up_to(0)),
-        ("vgg16", ("relu1_1", "pool1"), features_up_to(2)),
-        ("vgg16", ("pool4", "relu1_1"), features_up_to(21)),
-        ("vgg16", ("pool5",), features_up_to(28)),
-        ("vgg16", ("relu6",), features_up_to(28) | {"classifier.0"}),
-        ("vgg16", ("logits",), features_up_to(28) | {f"classifier.{i}" for i in (0, 3, 6)}),
-        ("alexnet", ("relu1", "pool1"), {"features.0"}),
+        ("vgg11", ("relu1_1", "pool1"), features_up_to(0)),
+        ("vgg11", ("pool4", "relu1_1"), features_up_to(13)),
+        ("vgg11", ("relu6",), features_up_to(18) | {"classifier.0"}),
+        ("vgg11", ("logits",), features_up_to(18) | {f"classifier.{i}" for i in (0, 3, 6)}),
         ("alexnet", ("conv3",), {"features.0", "features.3", "features.6"}),
         ("alexnet", ("fc7",), {f"features.{i}" for i in (0, 3, 6, 8, 10)}
          | {"classifier.1", "classifier.4"}),

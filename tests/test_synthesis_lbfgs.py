@@ -118,7 +118,7 @@ def test_rosenbrock_as_fast_as_torch():
         optimizer.zero_grad()
         value = (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
         value.backward()
-        values.append(float(value))
+        values.append(value.item())
         return value
 
     optimizer = torch.optim.LBFGS(
@@ -131,10 +131,9 @@ def test_rosenbrock_as_fast_as_torch():
         assert reached <= 10 * min(values[:budget]), budget
 
 
-@pytest.mark.parametrize("shape", [(), (2, 5)])
-def test_any_shape(shape):
-    (state,) = states_of(lambda x: jnp.sum((x - 3) ** 2), np.zeros(shape), max_evaluations=30)[-1:]
-    assert state.x.shape == shape
+def test_a_single_number():
+    (state,) = states_of(lambda x: (x - 3) ** 2, np.zeros(()), max_evaluations=30)[-1:]
+    assert state.x.shape == ()
     np.testing.assert_allclose(state.x, 3, rtol=1e-4)
 
 

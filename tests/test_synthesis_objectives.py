@@ -185,7 +185,7 @@ def test_gram_loss_as_torch():
     expected.backward()
     objective = texture_objective(identity, draw(seed=1), layers=QUARTER, mode="top", sparsity=0.2)
     found, gradient = value_and_gradient(objective, draw(seed=0))
-    np.testing.assert_allclose(found, float(expected), rtol=1e-5)
+    np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
     torch_gradient = x.grad.numpy().transpose(0, 2, 3, 1)
     np.testing.assert_allclose(
         gradient, torch_gradient, rtol=1e-4, atol=1e-5 * np.abs(gradient).max()
@@ -200,7 +200,6 @@ CASES = [
     ("texture", "top", "mean", "none"),
     ("reconstruction", "all", "sum", "target"),
     ("reconstruction", "all", "mean", "none"),
-    ("reconstruction", "top", "sum", "none"),
     ("reconstruction", "rest", "mean", "target"),
 ]
 

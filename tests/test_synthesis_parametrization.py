@@ -43,12 +43,12 @@ def test_sigmoid_is_that_of_scipy():
 
 @pytest.mark.parametrize("kind", ["sigmoid", "bounds", "none"])
 def test_round_trip(kind):
-    image = np.random.default_rng(0).uniform(LOW, HIGH, (1, 5, 6, 3)).astype(np.float32)
+    image = np.random.default_rng(0).uniform(LOW, HIGH, (1, 4, 6, 3)).astype(np.float32)
     image[0, 0, 0] = [LOW, HIGH, 0]
     numbers = space(kind).to_numbers(image)
     # A grey level is 1: the ends lose a millionth of the range.
     np.testing.assert_allclose(space(kind).to_image(numbers), image, atol=1e-3)
-    inner = numbers[0, 1:]
+    inner = numbers[:, 1:]
     np.testing.assert_allclose(
         space(kind).to_numbers(space(kind).to_image(inner)), inner, rtol=1e-2
     )
@@ -102,17 +102,16 @@ def test_a_range_for_each_channel():
 
 def test_start_is_noise_about_zero_clipped_to_the_range():
     key = jax.random.key(3)
-    expected = 2.5 * np.asarray(jax.random.normal(key, (1, 40, 40, 3)))
+    expected = 2.5 * np.asarray(jax.random.normal(key, (1, 4, 6, 3)))
     for kind in ("sigmoid", "bounds", "none"):
         wide, narrow = space(kind), Parametrization(kind, jnp.float32(-1), jnp.float32(2))
         np.testing.assert_allclose(
-            wide.to_image(start(key, wide, (1, 40, 40, 3), 2.5)), expected, atol=1e-3
+            wide.to_image(start(key, wide, (1, 4, 6, 3), 2.5)), expected, atol=1e-3
         )
         clipped = expected if kind == "none" else np.clip(expected, -1, 2)
         np.testing.assert_allclose(
-            narrow.to_image(start(key, narrow, (1, 40, 40, 3), 2.5)), clipped, atol=1e-4
+            narrow.to_image(start(key, narrow, (1, 4, 6, 3), 2.5)), clipped, atol=1e-4
         )
-    assert abs(expected.std() - 2.5) < 0.1
 
 
 def test_ranges_are_arguments_of_compiled_programs():

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +11,6 @@ from PIL import Image
 from topk_jax import images, networks
 from topk_jax.images import IMAGENET_PREPROCESSING
 from topk_jax.synthesis import problem as problems
-from topk_jax.synthesis.lbfgs import minimize
 from topk_jax.synthesis.presets import find_preset
 from topk_jax.weights import CAFFE_PREPROCESSING, default_preprocessing
 
@@ -77,14 +75,13 @@ def test_search_lowers_the_loss_and_its_picture_is_in_the_range_of_the_target():
         assert picture.max() <= pixels.max()
     # The loss of the image in the published scale, in NumPy from the network's features.
     image = problems.image(one, states[-1])
-    network = PRESET.network()
+    run = jax.jit(networks.FeatureExtractor(PRESET.network(), PRESET.layers))
     variables = weights().variables
     loss = 0.0
     for name in PRESET.layers:
         grams = []
         for x in (image, images.normalize(pixels, weights().preprocessing)):
-            found = networks.FeatureExtractor(network, (name,))
-            a = np.asarray(jax.jit(found)(variables, x[None])[name], np.float64)[0]
+            a = np.asarray(run(variables, x[None])[name], np.float64)[0]
             a = a.reshape(-1, a.shape[-1])
             grams.append(a.T @ a / a.size)
         loss += 0.25e9 * np.sum((grams[0] - grams[1]) ** 2)
@@ -120,8 +117,8 @@ def test_deviation_is_in_the_networks_units(preprocessing, deviation):
 
 def test_bounds_are_kept_by_the_search():
     preset = dataclasses.replace(PRESET, parametrization="bounds")
-    pixels = (target() // 8 + 100).astype(np.uint8)
-    one = problem(pixels, preset)
+    shared = jax.tree_util.Partial(lambda images: {"relu1_1": images, "pool1": images})
+    one = problems.create_problem(preset, weights(), target(4, 4), features=shared)
     low, high = one.parametrization.bounds
     assert high > low
     states = list(problems.search(jax.random.key(0), one, max_evaluations=15, memory_size=10))
@@ -131,8 +128,11 @@ def test_bounds_are_kept_by_the_search():
 
 
 def test_objective_of_the_search_is_the_problems():
-    one = problem(objective="reconstruction")
-    assert one.objective(images.normalize(target()[None], weights().preprocessing)) < 1e-10
+    shared = jax.tree_util.Partial(lambda images: {"relu1_1": images, "pool1": images})
+    one = problems.create_problem(
+        PRESET, weights(), target(4, 4), features=shared, objective="reconstruction"
+    )
+    assert one.objective(images.normalize(target(4, 4)[None], weights().preprocessing)) < 1e-10
     (state,) = list(problems.search(jax.random.key(0), one, max_evaluations=1, memory_size=10))
     np.testing.assert_allclose(
         state.value, one.objective(one.parametrization.to_image(state.x)), rtol=1e-5
@@ -187,10 +187,3 @@ def test_bad_problems(pixels, options, message):
 def test_unknown_layers_are_an_error_when_weights_are_loaded():
     with pytest.raises(ValueError, match="unknown feature 'relu9_1'"):
         problems.load_weights(dataclasses.replace(PRESET, layers=("relu9_1",)))
-
-
-def test_search_of_ones_own_objective():
-    one = problem()
-    doubled = jax.tree_util.Partial(lambda goal, z: 2 * goal(z), one.objective)
-    states = list(minimize(doubled, jnp.zeros(one.shape), max_evaluations=3, memory_size=10))
-    assert states[-1].value <= states[0].value
