@@ -69,16 +69,27 @@ def test_other_kernels(size, stride, padding):
     assert_close(found, loop_conv2d(x, kernel, stride, padding))
 
 
+@pytest.mark.parametrize("channels", [256, 512])
+def test_wide_3x3_of_either_kind_of_columns(channels):
+    x, kernel = draw((1, 5, 3, channels), 3, channels)
+    found = jax.jit(functools.partial(conv2d, padding=1))(x, kernel)
+    assert_close(found, loop_conv2d(x, kernel, 1, 1))
+
+
 def test_wide_float32_layers_use_winograd_on_a_cpu():
-    """What is chosen shows in the program: Winograd's has products and no convolution."""
+    """What is chosen shows in the program: a convolution, six 1-D ones, or products and none."""
 
-    def program(channels, dtype=np.float32):
-        x, kernel = draw((1, 4, 4, channels), 3, channels, dtype)
-        return str(jax.make_jaxpr(lambda x, kernel: conv2d(x, kernel, padding=1))(x, kernel))
+    def convolutions(channels, n=2, dtype=np.float32):
+        x, kernel = draw((n, 4, 4, channels), 3, channels, dtype)
+        program = str(jax.make_jaxpr(lambda x, kernel: conv2d(x, kernel, padding=1))(x, kernel))
+        return program.count("conv_general_dilated[")
 
-    assert "conv_general_dilated" in program(128)
-    assert "conv_general_dilated" not in program(256)
-    assert "conv_general_dilated" in program(256, jnp.bfloat16)
+    assert convolutions(128) == 1
+    assert convolutions(128, n=1) == 6
+    assert convolutions(64, n=1) == 1
+    assert convolutions(256) == 6
+    assert convolutions(512) == 0
+    assert convolutions(256, dtype=jnp.bfloat16) == 1
 
 
 def test_winograd_is_accurate_with_many_channels():

@@ -43,8 +43,15 @@ _OUTPUTS = (
 _TILE = len(_OUTPUTS)
 
 _WIDE = 256
-"""Channels on both sides from which "winograd" wins on a CPU. Measured with 128 (28 x 28, batch 32)
-it lost, with 192 on the narrower side (13 x 13) it was level."""
+"""Channels on both sides from which "winograd" wins on a CPU. With 128 (28 x 28, batch 32) it is
+level, with 192 on the narrower side (13 x 13) too."""
+
+_WIDE_ALONE = 128
+"""The same for a single image, as texture synthesis has it."""
+
+_BY_PRODUCTS = 512
+"""Channels on both sides from which its columns are matrix products rather than convolutions: those
+are faster forwards, but the input gradient of a 1-D convolution takes three times as long here."""
 
 
 def conv2d(
@@ -65,9 +72,10 @@ def conv2d(
         method: "xla" is XLA's convolution. "dot", for 1x1 kernels with stride 1 and no padding,
             is a matrix product, which XLA:CPU computes faster. "winograd", for 3x3 kernels with
             stride 1 and padding 1, is F(4, 3) along the rows (Lavin and Gray 2016), nested with
-            matrix products for the three columns: half of the multiplications, and a relative
-            error of some 1e-6 in float32. "auto" is the fastest of those that fit: on a CPU "dot",
-            and "winograd" in float32 with at least 256 channels on both sides; otherwise "xla".
+            1-D convolutions or matrix products over the columns: half of the multiplications, and
+            a relative error of some 1e-6 in float32. "auto" is the fastest of those that fit: on a
+            CPU "dot", and "winograd" in float32 with at least 256 channels on both sides (128 for
+            a single image); otherwise "xla".
 
     Raises:
         ValueError: An unknown method, or one that is not for this kernel, stride or padding.
@@ -128,27 +136,41 @@ def _fitting(size: Sequence[int], stride: int, padding: int) -> Method:
 def _fastest(fits: Method, x: Array, kernel: Array) -> Method:
     if jax.default_backend() != "cpu":
         return "xla"
-    wide = min(kernel.shape[2:]) >= _WIDE and x.dtype == jnp.float32
+    least = _WIDE_ALONE if x.shape[0] == 1 else _WIDE
+    wide = min(kernel.shape[2:]) >= least and x.dtype == jnp.float32
     return "xla" if fits == "winograd" and not wide else fits
 
 
 def _winograd(x: Array, kernel: Array) -> Array:
-    """3x3, padding 1: six products of combined rows, combined again into four rows of a tile."""
+    """3x3, padding 1: six lines of combined rows, combined again into four rows of a tile."""
     n, h, w, c = x.shape
     tiles = -(-h // _TILE)
     below = _TILE * (tiles + 1) - h - 1
-    rows = jnp.pad(x, ((0, 0), (1, below), (1, 1), (0, 0)))
-    rows = rows.reshape(n, tiles + 1, _TILE, w + 2, c)
+    rows = jnp.pad(x, ((0, 0), (1, below), (0, 0), (0, 0)))
+    rows = rows.reshape(n, tiles + 1, _TILE, w, c)
     # The six rows that a tile needs: its own four and the first two of the tile below.
     six = [rows[:, :tiles, i] for i in range(_TILE)] + [rows[:, 1:, i] for i in range(2)]
-    products = []
-    for of_inputs, of_taps in zip(_INPUTS, _TAPS, strict=True):
-        line, taps = _combine(of_inputs, six), _combine(of_taps, list(kernel))
-        products.append(
-            functools.reduce(jnp.add, [line[:, :, j : j + w] @ taps[j] for j in range(3)])
-        )
-    out = jnp.stack([_combine(of_products, products) for of_products in _OUTPUTS], axis=2)
+    columns = _products if min(kernel.shape[2:]) >= _BY_PRODUCTS else _convolutions
+    lines = [
+        columns(_combine(of_inputs, six), _combine(of_taps, list(kernel)))
+        for of_inputs, of_taps in zip(_INPUTS, _TAPS, strict=True)
+    ]
+    out = jnp.stack([_combine(of_products, lines) for of_products in _OUTPUTS], axis=2)
     return out.reshape(n, _TILE * tiles, w, -1)[:, :h]
+
+
+def _products(line: Array, taps: Array) -> Array:
+    """Cross-correlation along the columns, as three shifted matrix products."""
+    width = line.shape[2]
+    line = jnp.pad(line, ((0, 0), (0, 0), (1, 1), (0, 0)))
+    return functools.reduce(jnp.add, [line[:, :, j : j + width] @ taps[j] for j in range(3)])
+
+
+def _convolutions(line: Array, taps: Array) -> Array:
+    """The same as a convolution with a kernel of one row."""
+    return jax.lax.conv_general_dilated(
+        line, taps[None], (1, 1), ((0, 0), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def _combine(weights: Sequence[float], arrays: Sequence[Array]) -> Array:
