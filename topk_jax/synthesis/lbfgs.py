@@ -163,7 +163,8 @@ def minimize(
     limits = None
     if bounds is not None:
         limits = tuple(jnp.broadcast_to(jnp.asarray(b, jnp.float32), x.shape) for b in bounds)
-    state = resume or _start(objective, x, limits, memory_size)
+    state = _start(objective, x, limits, memory_size) if resume is None else resume
+    state = state._replace(status="running")  # a search that ended may be given a larger budget
     while True:
         if state.status == "running":
             largest = math.inf

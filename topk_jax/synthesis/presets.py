@@ -29,8 +29,7 @@ class Preset:
         reduction: Sum or mean over the entries of a layer's statistic.
         sparsity: The default fraction that is the top.
         parametrization: See `parametrization.Parametrization`.
-        deviation: Of the noise that the image starts from; in units of a grey level where `levels`,
-            else of the network's input.
+        deviation: Of the noise that the image starts from, in grey levels.
         size: (height, width) of the image in pixels, whatever the target's; an int is the short
             side, the aspect kept.
         max_evaluations: The default budget.
@@ -103,8 +102,8 @@ PRESETS: Mapping[str, Preset] = {
         source="Gatys, Ecker, Bethge 2015, sections 2 to 4",
     ),
     # Their layer list is of VGG-19, applied to VGG-16, which makes it relu4_1 and relu5_2; they
-    # give the network images in [0, 1] without normalisation (here they are normalised) and use
-    # L-BFGS without a line search.
+    # give the network images in [0, 1] without normalisation (here they are normalised), start from
+    # uniform noise over that range (here from grey) and use L-BFGS without a line search.
     "ye2024": Preset(
         model="vgg16",
         weights="imagenet",

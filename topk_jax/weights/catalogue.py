@@ -8,7 +8,7 @@ repository for the networks trained on Stylized-ImageNet ("sin": on it alone; "s
 ImageNet together; "shape": "sin+in", then finetuned on ImageNet, the paper's Shape-ResNet).
 
 "normalised" is the VGG-19 of Gatys et al. 2015, without its classifier: each filter is scaled so
-that its mean activation over the ImageNet validation images is 1.
+that its mean activation over the ImageNet validation images is 1 (with maximum pooling).
 """
 
 import dataclasses
