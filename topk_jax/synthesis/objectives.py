@@ -34,9 +34,20 @@ def gram_matrix(x: Float[Array, "n h w c"]) -> Float[Array, "n c c"]:
     With A = [c, h * w] the activations of an image, it is A A^T / (c h w) (Li et al., code).
     """
     n, h, w, c = x.shape
-    rows = x.reshape(n, h * w, c)
-    # Divided first: sums over the positions of a large image lose digits where they are squared.
-    return jnp.einsum("npi,npj->nij", rows / (h * w * c), rows, precision="highest")
+    return _channel_products(x.reshape(n, h * w, c)) / (h * w * c)
+
+
+@jax.custom_jvp
+def _channel_products(rows: Float[Array, "n positions c"]) -> Float[Array, "n c c"]:
+    return jnp.einsum("npi,npj->nij", rows, rows, precision="highest")
+
+
+@_channel_products.defjvp
+def _channel_products_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    # A product and its transpose, where differentiating the einsum gives two products each way.
+    (rows,), (change,) = primals, tangents
+    half = jnp.einsum("npi,npj->nij", change, rows, precision="highest")
+    return _channel_products(rows), half + jnp.swapaxes(half, 1, 2)
 
 
 def masked(x: Float[Array, "n h w c"], mode: Mode, sparsity: float) -> Float[Array, "n h w c"]:
