@@ -217,11 +217,12 @@ def test_output_on_a_full_disk(light_script, count):
 
 
 def test_ctrl_c_in_the_middle_of_parallel_work(script):
+    # One write a line: two threads that print get between each other's number and line end.
     code = """
-import time
+import os, time
 from topk_jax import images
 def work(index):
-    print(index, flush=True)
+    os.write(1, b"%d\\n" % index)
     time.sleep(0.1)
 for _ in images.map_parallel(work, range(10_000), workers=2):
     pass
@@ -293,6 +294,40 @@ def test_device_line():
     assert cli.device_line() == f"cpu, {jax.device_count()} devices, jax {jax.__version__}"
 
 
+# --- lists, counts and sizes -------------------------------------------------------------------
+
+
+def test_counts():
+    assert cli.parse_counts(["0", " 7", "2"], flag="seeds", least=0) == (0, 7, 2)
+    assert cli.parse_counts([], flag="seeds") == ()
+    for words in (["-1"], ["0"], ["1", "1"], ["x"], ["1.5"], [""], ["4294967296"]):
+        with pytest.raises(ValueError, match=r"--seeds=.*: expected whole numbers from 1 on"):
+            cli.parse_counts(words, flag="seeds")
+
+
+def test_choices():
+    assert cli.parse_choices(["b", " a"], ("a", "b", "c"), flag="mode") == ("b", "a")
+    for words in ([], ["d"], ["a", "a"], [""]):
+        with pytest.raises(ValueError, match=r"--mode=.*: expected a, b, c, each at most once"):
+            cli.parse_choices(words, ("a", "b", "c"), flag="mode")
+
+
+def test_sizes_are_short_sides_or_width_and_height():
+    assert cli.parse_size("256") == 256
+    assert cli.parse_size("320x240") == (240, 320)
+    for text in ("", "0", "320x", "x", "1x2x3", "-4", "3.5", "axb", "0x4"):
+        with pytest.raises(ValueError, match=rf"--size={text}: expected pixels"):
+            cli.parse_size(text)
+
+
+def test_one_fraction():
+    assert cli.parse_fraction("0.05") == 0.05
+    with pytest.raises(ValueError, match=r"--sparsity=0.1,0.2: expected one fraction"):
+        cli.parse_fraction("0.1,0.2")
+    with pytest.raises(ValueError, match="'2' is not a fraction to keep"):
+        cli.parse_fraction("2")
+
+
 # --- progress ------------------------------------------------------------------------------------
 
 
@@ -322,6 +357,19 @@ def test_progress_of_an_iterator_of_unknown_length(capsys):
     assert re.fullmatch(r"2, 0\.\d s, \S+ it/s\n", capsys.readouterr().err)
     assert list(cli.progress([], desc="none")) == []
     assert capsys.readouterr().err.startswith("none: 0/0, ")
+
+
+def test_progress_of_items_that_say_how_far_they_are(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    items = [40, 45, 52, 60]  # a run that is continued: 40 were done before
+    for _ in cli.progress(
+        iter(items), total=60, unit="evaluation", position=int, note=lambda item: f"loss {item}"
+    ):
+        now[0] += 6.0
+    assert capsys.readouterr().err == (
+        "45/60, 12.0 s, 0.417 evaluation/s, loss 45\n60/60, 24.0 s, 0.833 evaluation/s, loss 60\n"
+    )
 
 
 def test_progress_bar_on_a_terminal_ends_before_the_error(light_script):

@@ -334,3 +334,27 @@ def test_pyplot_is_never_loaded():
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_picture_rows_show_every_picture_under_its_title(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = {
+        title: [rng.integers(0, 256, (4, 6, 3), dtype=np.uint8) for _ in range(3)]
+        for title in ("target", "top")
+    }
+    figure = figures.picture_rows(rows)
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    expected = [picture for pictures in rows.values() for picture in pictures]
+    assert all(np.array_equal(a, b) for a, b in zip(shown, expected, strict=True))
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["target", "", "", "top", "", ""]
+    png, _ = figures.save(figure, tmp_path / "rows")
+    assert Image.open(png).size[0] == 960  # 1.6 inches a picture at 200 dots
+
+
+@pytest.mark.parametrize("lengths", [(1, 2), (0, 0), ()])
+def test_picture_rows_refuse_uneven_rows(lengths):
+    picture = np.zeros((2, 2, 3), np.uint8)
+    rows = {str(i): [picture] * length for i, length in enumerate(lengths)}
+    with pytest.raises(ValueError, match="expected as many in each, and some"):
+        figures.picture_rows(rows)

@@ -239,5 +239,5 @@ def test_the_first_word_names_the_benchmark():
     done = script("inferense")
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        "error: flag --benchmark=inferense: value should be one of <inference|topk>"
+        "error: flag --benchmark=inferense: value should be one of <inference|topk|synthesis>"
     )

@@ -1,5 +1,8 @@
 """Batches over devices: the same numbers on 1 and 8, padding cut off, one program."""
 
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +76,55 @@ def test_pad_batch():
     np.testing.assert_array_equal(padded["x"], [[1], [2], [2], [2]])
     with pytest.raises(ValueError, match="cannot be padded"):
         parallel.pad_batch({"x": np.zeros((5, 1))}, 4)
+
+
+def test_map_devices_gives_results_in_order_each_device_one_item_at_a_time():
+    devices = jax.local_devices()[:3]
+    lock, busy, most, used = threading.Lock(), set(), [0], set()
+
+    def function(item, device, stop):
+        assert not stop.is_set()
+        with lock:
+            assert device not in busy
+            busy.add(device)
+            used.add(device)
+            most[0] = max(most[0], len(busy))
+        time.sleep(0.01 * (3 - item % 3))
+        with lock:
+            busy.remove(device)
+        return item * item
+
+    found = list(parallel.map_devices(function, list(range(12)), devices=devices))
+    assert found == [item * item for item in range(12)]
+    assert used == set(devices)
+    assert most[0] == 3
+
+
+def test_map_devices_on_one_device_works_in_the_caller_itself():
+    main = threading.current_thread()
+
+    def function(item, device, stop):
+        assert threading.current_thread() is main
+        return item, device
+
+    device = jax.local_devices()[2]
+    found = list(parallel.map_devices(function, ["a", "b"], devices=[device]))
+    assert found == [("a", device), ("b", device)]
+    assert list(parallel.map_devices(function, [])) == []
+
+
+def test_map_devices_stops_the_others_after_an_exception():
+    stopped, begun = threading.Event(), []
+
+    def function(item, device, stop):
+        begun.append(item)
+        if item == 0:
+            time.sleep(0.05)
+            raise ValueError("item 0")
+        if stop.wait(10):
+            stopped.set()
+
+    with pytest.raises(ValueError, match="item 0"):
+        list(parallel.map_devices(function, list(range(50)), devices=jax.local_devices()[:2]))
+    assert stopped.wait(5)
+    assert len(begun) < 10

@@ -6,6 +6,7 @@ each. The target's Gram matrices, the images and the weights are the same arrays
 """
 
 import dataclasses
+import importlib.util
 import os
 import statistics
 import time
@@ -110,6 +111,8 @@ def run(
         }
         rows.append((mode, seconds, compiling, ratios))
         report(_brief(mode, seconds, ratios))
+    if compare and evaluations and importlib.util.find_spec("scipy") is None:
+        report("without scipy: pip install scipy to compare with its L-BFGS-B")
     searches: list[Search] = []
     for target in targets if evaluations else ():
         problem = synthesis.create_problem(
@@ -354,7 +357,8 @@ def _optimizers(
     if compare and preset.parametrization == "sigmoid":
         if torch is not None:
             optimizers[TORCH_LBFGS] = torch_lbfgs
-        optimizers[SCIPY] = scipy
+        if importlib.util.find_spec("scipy") is not None:
+            optimizers[SCIPY] = scipy
     return optimizers
 
 
