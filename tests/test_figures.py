@@ -349,7 +349,8 @@ def test_picture_rows_show_every_picture_under_its_title(tmp_path):
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["target", "", "", "top", "", ""]
     png, _ = figures.save(figure, tmp_path / "rows")
-    assert Image.open(png).size[0] == 960  # 1.6 inches a picture at 200 dots
+    with Image.open(png) as image:
+        assert image.size[0] == 960  # 1.6 inches a picture at 200 dots
 
 
 @pytest.mark.parametrize("lengths", [(1, 2), (0, 0), ()])
