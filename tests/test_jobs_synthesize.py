@@ -191,7 +191,15 @@ def test_a_damaged_snapshot_is_said_and_left(pictures, tmp_path, caplog, done):
 
 def test_one_image_a_device_gives_the_same_files(done, pictures, tmp_path):
     folder, summary, _ = done
-    again, _ = run(tmp_path, pictures, devices=jax.devices()[:3])
+    used = set()
+
+    def watching(states, **_):
+        for state in states:
+            used.update(state.x.devices() | state.memory.params.devices())
+            yield state
+
+    again, _ = run(tmp_path, pictures, devices=jax.devices()[1:4], progress=watching)
+    assert used == set(jax.devices()[1:4])
     assert images_of(tmp_path) == images_of(folder)
     assert _without_seconds(again) == _without_seconds(summary)
 
