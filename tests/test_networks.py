@@ -259,4 +259,5 @@ def test_a_network_works_in_nnx():
     logits, features = module(images, train=False)
     expected, expected_features = run(network, {"params": params}, images)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
-    assert list(features) == list(expected_features)
+    assert tuple(features) == network.feature_names
+    assert set(features) == set(expected_features)
