@@ -16,7 +16,7 @@ def run(**changes):
 
 def test_ours_alone(tmp_path):
     output = tmp_path / "speed.json"
-    result, lines = run(compare=False, evaluations=(3, 6), output=output)
+    result, lines = run(compare=False, preset="builtin", evaluations=(3, 6), output=output)
     assert json.loads(output.read_text()) == [json.loads(json.dumps(result))]
     (row,) = result["rows"]
     assert list(row["seconds"]) == [benchmark_synthesis.OURS]

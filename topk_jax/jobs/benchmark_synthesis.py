@@ -8,6 +8,7 @@ each. The target's Gram matrices, the images and the weights are the same arrays
 import dataclasses
 import importlib.util
 import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,6 @@ from topk_jax.networks import VGG, feature_shapes
 from topk_jax.synthesis import parametrization
 from topk_jax.synthesis.objectives import Mode
 from topk_jax.synthesis.presets import Preset
-from topk_jax.training.state import init_variables
 from topk_jax.weights import CAFFE_PREPROCESSING, WeightsFile
 
 OURS = "topk_jax"
@@ -158,12 +158,21 @@ def run(
 
 
 def _random(preset: Preset, seed: int) -> synthesis.Weights:
-    network = preset.network()
-    needed = feature_shapes(network, preset.layers)
-    drawn = init_variables(network, jax.random.key(seed))["params"]
-    params = {name: drawn[name] for name in needed["params"]}
-    file = WeightsFile(path=None, sha256="", origin=f"random seed={seed}", entry=None)  # pyright: ignore
-    return synthesis.Weights({"params": params}, CAFFE_PREPROCESSING, file)
+    """Kernels as He et al. (2015), of the layers that are needed alone; biases of zero."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1:
+            return np.zeros(shape, np.float32)
+        scale = np.float32((2 / np.prod(shape[:-1])) ** 0.5)
+        return scale * rng.standard_normal(shape, np.float32)
+
+    shapes = feature_shapes(preset.network(), preset.layers)
+    variables = jax.tree.map(lambda leaf: draw(leaf.shape), shapes)
+    origin = f"random seed={seed}"
+    return synthesis.Weights(
+        variables, CAFFE_PREPROCESSING, WeightsFile(pathlib.Path(), "", origin, None)
+    )
 
 
 def _time_evaluation(
