@@ -246,7 +246,8 @@ def test_another_command_or_picture_in_the_folder_is_refused(done, pictures, tmp
         ({"layers": ["pool11"]}, "unknown feature 'pool11'.*pool1"),
         ({"sparsity": 1.5}, r"sparsity=1.5: expected a fraction in \(0, 1\]"),
         ({"sparsity": 1.0}, "'rest' with sparsity=1 leaves nothing"),
-        ({"mask_image": True, "modes": ("side",)}, "mode='side': expected all or top or rest"),
+        ({"modes": ("side",)}, "mode='side': expected all or top or rest"),
+        ({"mask_image": True}, "mask_image is for reconstruction"),
         ({"size": 3}, "too small"),
         ({"weights": "sin"}, "no weights|unknown weights"),
     ],
@@ -254,6 +255,7 @@ def test_another_command_or_picture_in_the_folder_is_refused(done, pictures, tmp
 def test_bad_settings(pictures, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "out", pictures / "a.png", **changes)
+    assert not (tmp_path / "out").exists(), "the corrected command may have the folder"
 
 
 def test_bad_pictures(tmp_path):
@@ -264,13 +266,14 @@ def test_bad_pictures(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         run(tmp_path / "out", folder / "nothing.png")
     Image.new("RGB", (40, 40), "red").save(folder / "plain.png")
-    with pytest.raises(ValueError, match="the target is of one colour"):
+    with pytest.raises(ValueError, match="plain: a picture of one colour"):
         run(tmp_path / "out", folder, preset="builtin")
+    Image.linear_gradient("L").save(folder / "plain.png")
     (folder / "torn.png").write_bytes((folder / "plain.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=r"torn\.png: damaged or not an image"):
         run(tmp_path / "out2", folder)
     (folder / "torn.png").unlink()
-    Image.new("RGB", (40, 40), "red").save(folder / "plain.jpg")
+    Image.linear_gradient("L").save(folder / "plain.jpg")
     with pytest.raises(ValueError, match=r"plain\.jpg and plain\.png would share.*rename one"):
         run(tmp_path / "out2", folder)
     assert not (tmp_path / "out2").exists()

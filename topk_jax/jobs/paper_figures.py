@@ -71,7 +71,7 @@ def run(
 
     Args:
         figure: "fig2" or "fig3".
-        output_dir: Run folder, as in `synthesize.run`; so are the next seven.
+        output_dir: Run folder, as in `synthesize.run`; so are the next eight.
         source: Pictures.
         weights: Of VGG-19.
         sparsity: Part of each feature map that is the top.

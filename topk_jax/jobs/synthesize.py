@@ -24,8 +24,9 @@ from jaxtyping import UInt8
 
 from topk_jax import files, images, parallel, synthesis
 from topk_jax.jobs import provenance
+from topk_jax.networks import FeatureExtractor
 from topk_jax.stimuli import builtin
-from topk_jax.synthesis import lbfgs
+from topk_jax.synthesis import lbfgs, objectives
 from topk_jax.synthesis.objectives import Mode
 from topk_jax.synthesis.presets import ObjectiveKind, Preset
 
@@ -93,11 +94,14 @@ def read_targets(source: str | os.PathLike[str], preset: Preset) -> list[Target]
     """The targets that `--input` names: "builtin", a picture, or all pictures of a folder.
 
     Raises:
-        ValueError: No pictures, a damaged one, or two whose results would have the same name.
+        ValueError: No pictures, a damaged one, one of a single colour, or two whose results would
+            have the same name.
         OSError: What cannot be read.
     """
     targets = []
     for stem, pixels in _read(source):
+        if np.all(pixels == pixels[:1, :1]):
+            raise ValueError(f"{stem}: a picture of one colour: there is nothing to synthesise")
         digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
         targets.append(Target(stem, synthesis.fit_target(pixels, preset), digest))
     return targets
@@ -181,8 +185,19 @@ def run(
         objective=objective,
         max_evaluations=max_evaluations,
     )
+    # All that can be said of the command is said before a folder belongs to it.
+    for mode in modes:
+        objectives.check_mask(mode, setting.sparsity)
+    if mask_image and setting.objective == "texture":
+        raise ValueError(
+            "mask_image is for reconstruction: a texture masks the image by its own Top-K"
+        )
     loaded = synthesis.load_weights(setting, weights=weights)
     targets = read_targets(source, setting)
+    network = FeatureExtractor(setting.network(), setting.layers)
+    for height, width, _ in {target.pixels.shape for target in targets}:
+        shape = jax.ShapeDtypeStruct((1, height, width, 3), np.float32)
+        jax.eval_shape(network, loaded.variables, shape)  # too small for a pool?
     todo = [
         Image(target, setting.objective, mode, seed)
         for target, seed, mode in itertools.product(targets, seeds, modes)
@@ -292,14 +307,13 @@ class _Maker:
     def _make(
         self, image: Image, features: jax.tree_util.Partial, stop: threading.Event
     ) -> tuple[dict[str, Any], list[tuple[int, int, float]]]:
-        masked = self._mask_image and image.objective == "reconstruction"
         problem = synthesis.create_problem(
             self._preset,
             self._weights,
             image.target.pixels,
             objective=image.objective,
             mode=image.mode,
-            mask_image="target" if masked else "none",
+            mask_image="target" if self._mask_image else "none",
             features=features,
         )
         state, trace, before = self._resumed(image)

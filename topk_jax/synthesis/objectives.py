@@ -55,6 +55,16 @@ def masked(x: Float[Array, "n h w c"], mode: Mode, sparsity: float) -> Float[Arr
     return x if mode == "all" else topk_activation(x, sparsity, keep=mode)
 
 
+def check_mask(mode: Mode, sparsity: float) -> None:
+    """Raises ValueError for an unknown mode, a sparsity outside (0, 1], or a rest of nothing."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r}: expected {' or '.join(get_args(Mode))}")
+    if not 0 < sparsity <= 1:
+        raise ValueError(f"sparsity={sparsity}: expected a fraction in (0, 1]")
+    if mode == "rest" and sparsity == 1:
+        raise ValueError("mode='rest' with sparsity=1 leaves nothing")
+
+
 def texture_objective(
     features: Features,
     target: Float[Any, "1 h w 3"],
@@ -153,15 +163,12 @@ class _Loss:
     mask_image: MaskOfImage
 
     def __post_init__(self):
-        for name, kinds in (("mode", Mode), ("reduction", Reduction), ("mask_image", MaskOfImage)):
+        for name, kinds in (("reduction", Reduction), ("mask_image", MaskOfImage)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: expected {' or '.join(get_args(kinds))}"
                 )
-        if not 0 < self.sparsity <= 1:
-            raise ValueError(f"sparsity={self.sparsity}: expected a fraction in (0, 1]")
-        if self.mode == "rest" and self.sparsity == 1:
-            raise ValueError("mode='rest' with sparsity=1 leaves nothing")
+        check_mask(self.mode, self.sparsity)
 
     def targets(self, features: Features, image: Array) -> dict[str, tuple[Array, ...]]:
         """What is wanted of each layer, and where it counts (no entry where that is everywhere)."""
