@@ -22,22 +22,37 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
     """The run whose weights are committed."""
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.network = "builtin"
-    config.network_options = ml_collections.ConfigDict()
-
-    config.images = 16_000
-    config.shares = (0.6, 0.05, 0.35)  # congruent, silhouettes, textures
-    config.epochs = 6
-
-    config.batch_size = 64
-    config.microbatch = 8  # of a device
-    config.learning_rate = 2e-3
-    config.warmup_fraction = 0.05
-    config.weight_decay = 1e-4
-    config.log_every = 100
-
-    config.test_seed = 0
-    config.test_per_category = 50
-    return config
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "network": "builtin",
+            "topk": "",
+            "epochs": 6,
+            "batch_size": 64,
+            "microbatch": 8,  # of a device
+            "log_every": 100,
+            "evaluate_every": 6,
+            "data": {
+                "source": "builtin",
+                "builtin_images": 16_000,
+                "builtin_shares": (0.6, 0.05, 0.35),  # congruent, silhouettes, textures
+                "builtin_test_seed": 0,
+                "builtin_test_per_category": 50,
+                "cue_conflict": "builtin",
+                "mapping": "identity",
+                "image_size": 64,
+                "resize_size": 64,
+                "mean": (0.5, 0.5, 0.5),
+                "std": (0.25, 0.25, 0.25),
+                "crop": "none",
+                "flip": False,
+            },
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 2e-3,
+                "warmup_epochs": 0.3,
+                "weight_decay": 1e-4,
+                "decay": "kernels",
+            },
+        }
+    )

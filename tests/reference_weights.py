@@ -13,6 +13,11 @@ import numpy as np
 DATA = pathlib.Path(__file__).parent / "data"
 # One network a family and kind of block; the side of the square input image.
 CASES = {"alexnet": 65, "vgg11_bn": 40, "resnet18": 49, "resnet50": 49, "squeezenet1_1": 51}
+# Networks to be trained: nobody published weights, so that the catalogue has none.
+WITHOUT_WEIGHTS = frozenset(
+    ("resnet18_li2023", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "cifar_cnn",
+     "cnn2")
+)  # fmt: skip
 NUM_CLASSES = 10
 FRACTION = 0.2
 # Entries stored of each feature, evenly spaced over the flattened array.

@@ -126,6 +126,38 @@ def test_batch_norm_with_running_statistics():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_batch_norm_in_half_precision(train):
+    """Statistics in float32, here of a mean of 100 and a deviation of 1; output in bfloat16."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(16, 8, 8, 2)) + 100, jnp.bfloat16)
+    scale, bias = jnp.array([1.5, 0.5], jnp.bfloat16), jnp.array([0.25, -0.5], jnp.bfloat16)
+    stats = {"mean": np.full(2, 90, np.float32), "var": np.full(2, 4, np.float32)}
+    variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+    apply = functools.partial(layers.BatchNorm().apply, use_running_average=not train)
+    y, updates = jax.jit(functools.partial(apply, mutable=["batch_stats"]))(variables, x)
+    assert y.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64)
+    mean, var = np.full(2, 90.0), np.full(2, 4.0)
+    if train:
+        mean, var, n = exact.mean(axis=(0, 1, 2)), exact.var(axis=(0, 1, 2)), exact.size / 2
+        found = updates["batch_stats"]
+        assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+        np.testing.assert_allclose(found["mean"], 0.9 * 90 + 0.1 * mean, rtol=1e-6)
+        np.testing.assert_allclose(found["var"], 0.9 * 4 + 0.1 * var * n / (n - 1), rtol=1e-5)
+    expected = (exact - mean) / np.sqrt(var + 1e-5) * np.array([1.5, 0.5]) + np.array([0.25, -0.5])
+    np.testing.assert_allclose(y.astype(np.float32), expected, rtol=2**-8, atol=1e-3)
+
+
+def test_avg_pool_in_half_precision():
+    """Summed in float32: 1 + 1 / 256 rounds to 1 in bfloat16, the mean of sixteen does not."""
+    x = np.ones((1, 4, 4, 1), np.float32)
+    x[0, 1:] = 1 / 256
+    found = layers.avg_pool(jnp.asarray(x, jnp.bfloat16), 4, 4)
+    assert found.dtype == jnp.bfloat16
+    assert found.item() == jnp.asarray((4 + 12 / 256) / 16, jnp.bfloat16).item()
+
+
 def test_max_pool_gives_the_gradient_to_the_first_of_equals():
     x = np.zeros((1, 4, 4, 1), np.float32)
     x[0, 0, 1] = x[0, 1, 0] = 1  # a tie on the diagonal: row-major order decides

@@ -124,6 +124,19 @@ def predict_logits(
             yield np.asarray(predict(images.normalize(batch, preprocessing)), np.float32)
         return
 
+    try:
+        hash(predict)
+        from_pixels = _from_pixels(predict, preprocessing)
+    except TypeError:  # a method of something unhashable: compiled for each call
+        from_pixels = _from_pixels.__wrapped__(predict, preprocessing)
+    yield from parallel.map_batches(
+        from_pixels, variables, batches, batch_size=batch_size, devices=devices
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _from_pixels(predict: Predict, preprocessing: Preprocessing) -> Predict:
+    """`predict` of bytes; the same function for the same arguments, so that it is compiled once."""
     table = images.normalization_table(preprocessing)
 
     def from_pixels(variables: Any, pixels: jax.Array) -> jax.Array:
@@ -131,9 +144,7 @@ def predict_logits(
         normalized = jnp.asarray(table)[pixels.astype(jnp.int32), jnp.arange(3)]
         return predict(variables, normalized)
 
-    yield from parallel.map_batches(
-        from_pixels, variables, batches, batch_size=batch_size, devices=devices
-    )
+    return from_pixels
 
 
 def _fit(

@@ -142,6 +142,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         file.write(text)
 
 
+def json_line(value: Any) -> str:
+    """Returns `value` as JSON on one line, with its line end; values as `write_json` takes them.
+
+    Raises:
+        TypeError: `value` holds something else.
+    """
+    return json.dumps(_plain(value), allow_nan=False) + "\n"
+
+
 def _plain(value: Any) -> Any:
     """Returns `value` made of JSON's own types only."""
     if value is None or isinstance(value, str | bool | int):

@@ -101,13 +101,25 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
         ValueError: it is empty, no image, damaged, or larger than Pillow's limit for decompression
             bombs. Both name the file.
     """
-    with _opened(path) as image:
-        image.load()
-        upright = _UPRIGHT.get(_orientation(image))
-        rgb = _as_rgb(image, path)
-        if upright is not None:
-            rgb = rgb.transpose(upright)
-        return np.array(rgb)
+    with _opened(files.local_path(path)) as image:
+        return _upright_rgb(image, path)
+
+
+def decode_image(data: bytes, *, name: str) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes an image file that is in memory, as `read_image` does one on the disk.
+
+    Args:
+        data: the bytes of the file.
+        name: what errors call it, such as "photos.zip/cat/1.jpg".
+
+    Returns:
+        uint8 [height, width, 3], writable.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
+    with _opened(name, data) as image:
+        return _upright_rgb(image, name)
 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -116,18 +128,30 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     Raises:
         OSError, ValueError: as `read_image`, as far as the header shows it.
     """
-    with _opened(path) as image:
+    with _opened(files.local_path(path)) as image:
         return image.height, image.width
 
 
+def _upright_rgb(image: Image.Image, path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
+    image.load()
+    upright = _UPRIGHT.get(_orientation(image))
+    rgb = _as_rgb(image, path)
+    if upright is not None:
+        rgb = rgb.transpose(upright)
+    return np.array(rgb)
+
+
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Opens an image; what goes wrong with the file inside the `with` statement names the file."""
-    path = files.local_path(path)
+def _opened(path: str | os.PathLike[str], data: bytes | None = None) -> Iterator[Image.Image]:
+    """Opens an image; what goes wrong with it inside the `with` statement names `path`.
+
+    The bytes are `data`, or else those of the file.
+    """
     try:
-        with open(path, "rb") as file:
-            if not file.peek(1):
+        with open(path, "rb") if data is None else io.BytesIO(data) as file:
+            if not file.read(1):
                 raise ValueError("an empty file")
+            file.seek(0)
             image = Image.open(file)
             if not image.width * image.height:
                 raise ValueError("no pixels")
@@ -246,12 +270,17 @@ def write_image(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"])
     if target.suffix.lower() != ".png":
         raise ValueError(f"{target}: images are written as PNG; write a name that ends in .png")
     data = io.BytesIO()
-    Image.fromarray(_checked(image)).save(data, "PNG")
+    Image.fromarray(checked(image)).save(data, "PNG")
     with files.atomic_write(target) as file:
         file.write(data.getbuffer())
 
 
-def _checked(image: Shaped[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+def checked(image: Shaped[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns an image with its pixels in order in memory: itself, or a copy.
+
+    Raises:
+        ValueError: not uint8 [height, width, 3], or without pixels.
+    """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(
@@ -276,7 +305,7 @@ def resize_short_side(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.
         ValueError: bad image or size, or a shape so narrow that the result would have more pixels
             than Pillow's limit.
     """
-    image = _checked(image)
+    image = checked(image)
     _check_size(size)
     height, width = image.shape[:2]
     short, long = min(height, width), max(height, width)
@@ -305,13 +334,47 @@ def resize(
     Raises:
         ValueError: bad image or size, or more pixels than Pillow's limit.
     """
-    image = _checked(image)
+    image = checked(image)
     _check_size(min(height, width))
     if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{width} x {height} pixels: more than {Image.MAX_IMAGE_PIXELS}")
     if image.shape[:2] == (height, width):
         return image
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def resized_crop(
+    image: UInt8[np.ndarray, "h w 3"], top: int, left: int, height: int, width: int, size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Cuts out a box and resizes it to a square, as torchvision's `resized_crop` on PIL.
+
+    Bilinear with Pillow's antialiasing. Nothing outside the box is seen, as it is by a resize that
+    is told of the box.
+
+    Args:
+        image: uint8 [h, w, 3].
+        top: first row of the box.
+        left: first column.
+        height: rows of the box, at least 1.
+        width: columns.
+        size: side of the square in pixels, at least 1.
+
+    Returns:
+        uint8 [size, size, 3], a copy.
+
+    Raises:
+        ValueError: bad image or size, or a box that is not within the image.
+    """
+    image = checked(image)
+    _check_size(size)
+    rows, columns = image.shape[:2]
+    if not (0 <= top < top + height <= rows and 0 <= left < left + width <= columns):
+        raise ValueError(
+            f"box of {height} x {width} pixels at row {top}, column {left}: expected one within "
+            f"the image of {rows} x {columns}"
+        )
+    box = Image.fromarray(image[top : top + height, left : left + width])
+    return np.array(box.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def center_crop(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -327,7 +390,7 @@ def center_crop(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarra
     Raises:
         ValueError: bad image or size.
     """
-    image = _checked(image)
+    image = checked(image)
     _check_size(size)
     missing = [max(0, size - side) for side in image.shape[:2]]
     padding = [(lack // 2, (lack + 1) // 2) for lack in missing]
@@ -356,7 +419,7 @@ def fit(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size
         ValueError: bad image or size.
     """
     if image.shape[:2] == (size, size):
-        return _checked(image)
+        return checked(image)
     return center_crop(resize_short_side(image, size), size)
 
 
@@ -421,8 +484,13 @@ def list_images(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
     return sorted(
         path
         for path in files.local_path(folder).iterdir()
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if is_image_name(path.name) and path.is_file()
     )
+
+
+def is_image_name(name: str) -> bool:
+    """Says whether a file's name is that of an image: not hidden, with an image's suffix."""
+    return pathlib.PurePath(name).suffix.lower() in _SUFFIXES and not name.startswith(".")
 
 
 def map_parallel(

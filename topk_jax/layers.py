@@ -6,6 +6,7 @@ and ties follow PyTorch, since the networks are compared with it number by numbe
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +65,21 @@ def _first_maximum(a: Array, b: Array) -> Array:
 
 
 def avg_pool(x: Float[Array, "n h w c"], size: int, stride: int) -> Float[Array, "n oh ow c"]:
-    """PyTorch's `avg_pool2d` without padding.
+    """PyTorch's `avg_pool2d` without padding, summed in float32 at least.
 
     Raises:
         ValueError: The input is smaller than one window.
     """
     pads = [_pool_padding(n, size, stride, 0, False) for n in x.shape[1:3]]
-    zero = np.zeros((), x.dtype)
-    return nn.pool(x, zero, jax.lax.add, (size, size), (stride, stride), pads) / size**2
+    wide = x.astype(_at_least_float32(x.dtype))
+    zero = np.zeros((), wide.dtype)
+    total = nn.pool(wide, zero, jax.lax.add, (size, size), (stride, stride), pads)
+    return (total / size**2).astype(x.dtype)
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    """Dtype in which to sum: float32, or the dtype itself if it is wider."""
+    return np.promote_types(dtype, np.float32)
 
 
 def _pool_padding(n: int, size: int, stride: int, padding: int, ceil: bool) -> tuple[int, int]:
@@ -118,7 +126,9 @@ class BatchNorm(nn.Module):
 
     Flax's averages the devices' means with equal weight, which is wrong (and NaN on a device
     without a valid row) when the last batch is padded; here the sums are added over devices first.
-    The running variance is the unbiased one, as in PyTorch.
+    The running variance is the unbiased one, as in PyTorch. Whatever the dtype of the input and of
+    the parameters, statistics and arithmetic are float32 (float64 for such an input), and the
+    running statistics keep their own dtype.
 
     Attributes:
         momentum: Weight of the old running statistics (0.9 is PyTorch's momentum 0.1).
@@ -151,24 +161,25 @@ class BatchNorm(nn.Module):
             mean, var, count = self._statistics(x, mask)
             if not self.is_initializing():
                 unbiased = var * (count / jnp.maximum(count - 1, 1))
-                keep = self.momentum
-                running_mean.value = keep * running_mean.value + (1 - keep) * mean
-                running_var.value = keep * running_var.value + (1 - keep) * unbiased
+                for running, new in ((running_mean, mean), (running_var, unbiased)):
+                    new = (1 - self.momentum) * new
+                    running.value = self.momentum * running.value + new.astype(running.value.dtype)
+        dtype = _at_least_float32(x.dtype)
+        scale, bias, mean, var = (value.astype(dtype) for value in (scale, bias, mean, var))
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
         offset = bias - mean * factor
         broadcast = (1,) * (x.ndim - 1) + (channels,)
-        return x * factor.astype(x.dtype).reshape(broadcast) + offset.astype(x.dtype).reshape(
-            broadcast
-        )
+        y = x.astype(dtype) * factor.reshape(broadcast) + offset.reshape(broadcast)
+        return y.astype(x.dtype)
 
     def _statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
         """Mean, biased variance and number of entries a channel, over all valid rows everywhere."""
         axes: Sequence[int] = tuple(range(x.ndim - 1))
-        x = x.astype(jnp.float32)
+        x = x.astype(_at_least_float32(x.dtype))
         if mask is None:
-            weight = jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), jnp.float32)
+            weight = jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), x.dtype)
         else:
-            weight = mask.astype(jnp.float32).reshape((-1,) + (1,) * (x.ndim - 1))
+            weight = mask.astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))
         per_row = 1
         for size in x.shape[1:-1]:
             per_row *= size

@@ -6,6 +6,8 @@ leaf. What is padded to fill the devices is masked by the caller or cut off agai
 
 import collections
 import concurrent.futures
+import functools
+import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,6 +59,122 @@ def batch_per_call(batch_size: int, devices: int) -> int:
     return -(-batch_size // devices) * devices
 
 
+def check_shared_evenly(batch_size: int, devices: int) -> None:
+    """Makes sure that a batch can be shared evenly.
+
+    Raises:
+        ValueError: It cannot; the message names a size that can.
+    """
+    if batch_size % devices:
+        raise ValueError(
+            f"a batch of {batch_size} cannot be shared evenly by {devices} devices: write a "
+            f"multiple of {devices}, for example {batch_per_call(batch_size, devices)}"
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _mapped(function: Callable[[Any, Any], Any], devices: tuple[Device, ...]) -> Any:
+    """The same program for the same function: a validation after each epoch compiles once."""
+    return jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=devices)
+
+
+def map_step(
+    step: Callable[..., Any], *, devices: list[Device] | None = None
+) -> Callable[..., Any]:
+    """Drives `step(state, batch) -> (state, sums)` over devices; the axis is called `AXIS`.
+
+    Args:
+        step: Per-replica function that returns the same state and sums on every device, which
+            `psum` or `pmean` over `AXIS` sees to: nothing checks it.
+        devices: Devices of this process; by default all devices of all processes, each process
+            giving the batches of its own.
+
+    Returns:
+        Function of a state from `replicate` and a batch [local devices, n, ...]. Its state is
+        replicated and never stacked. The state passed in is given away and must not be used again:
+        jax 0.10 ends the process without a word where it is.
+    """
+    return jax.pmap(
+        step,
+        axis_name=AXIS,
+        in_axes=(None, 0),
+        out_axes=None,  # pyright: ignore[reportArgumentType]
+        donate_argnums=0,
+        devices=devices,
+    )
+
+
+def initialize(
+    *,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the processes of one run, before anything touches a device.
+
+    Args:
+        coordinator_address: `host:port` of process 0. On TPU pods and under Slurm all three are
+            found by themselves.
+        num_processes: How many there are.
+        process_id: Number of this one, from 0.
+
+    Raises:
+        ValueError: Some of the three are given, but not all, or they do not fit together.
+        RuntimeError: The others were not found.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    if any(value is not None for value in given):
+        if coordinator_address is None or num_processes is None or process_id is None:
+            raise ValueError(
+                "coordinator address, number of processes and process id go together: give all "
+                "three, or none on a TPU pod or under Slurm"
+            )
+        if not 0 <= process_id < num_processes:
+            raise ValueError(f"process {process_id} of {num_processes}: they count from 0")
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+def is_first_process() -> bool:
+    """Says whether this is the process that writes files and speaks."""
+    return jax.process_index() == 0
+
+
+def sum_over_processes(values: Any) -> Any:
+    """Sums of a pytree of numbers or NumPy arrays over all processes; the same on each of them."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    def total(leaf: Any) -> np.ndarray:
+        # Counts of images fit into float64, but not into JAX's default float32.
+        parts = np.atleast_1d(np.asarray(leaf, np.float64)).view(np.int32)
+        gathered = np.ascontiguousarray(multihost_utils.process_allgather(parts))
+        return gathered.view(np.float64).sum(axis=0).reshape(np.shape(leaf))
+
+    return jax.tree.map(total, values)
+
+
+def wait_for_processes(name: str) -> None:
+    """Returns when every process has come to the place called `name`."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def check_same_on_processes(value: Any, what: str) -> None:
+    """Makes sure that every process has the same value.
+
+    Raises:
+        RuntimeError: They differ, on every process; the message names `what`.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:3])
+    if sum_over_processes(digest) != digest * jax.process_count():
+        raise RuntimeError(f"the processes of this run differ in {what}: start all with the same")
+
+
 def map_batches(
     function: Callable[[Any, Any], Any],
     state: Any,
@@ -84,7 +202,7 @@ def map_batches(
     """
     devices = devices or jax.local_devices()
     size = batch_per_call(batch_size, len(devices))
-    mapped = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=devices)
+    mapped = _mapped(function, tuple(devices))
     state = replicate(state, devices)
     in_flight: collections.deque[tuple[int, Any]] = collections.deque()
 

@@ -14,3 +14,4 @@ from topk_jax.figures.style import Style as Style
 from topk_jax.figures.style import new_figure as new_figure
 from topk_jax.figures.style import save as save
 from topk_jax.figures.style import styles_for as styles_for
+from topk_jax.figures.training import training_curves as training_curves

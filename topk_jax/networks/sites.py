@@ -2,13 +2,44 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 
 from jaxtyping import Array, Float
 
 from topk_jax.topk import SITE_PREFIX, TopK
 
-TopKSites = None | float | Mapping[str, float | TopK]
+TopKSites = None | float | str | Mapping[str, float | TopK]
+
+
+def parse_stages(text: str) -> dict[str, float]:
+    """Sites of an option string of Li et al.'s training script.
+
+    Args:
+        text: Stages and the percentage that they keep: "2_20" is after stage 2 at 20 %, "1-2-3_10"
+            after three stages at 10 %, "" nowhere. Several such parts, separated by commas, keep
+            different percentages ("1_20,3_10"; ours).
+
+    Returns:
+        Fractions by the names of the stages' outputs in a ResNet, `{"layer2": 0.2}`. They are the
+        percentage times .01 in float64, from which the authors compute how many entries they keep.
+
+    Raises:
+        ValueError: Another form, a percentage outside (0, 100], or a stage named twice.
+    """
+    sites: dict[str, float] = {}
+    for part in text.split(",") if text else ():
+        found = re.fullmatch(r"([1-9]\d*(?:-[1-9]\d*)*)_(\d+(?:\.\d*)?)", part.strip())
+        if not found or not 0 < float(found[2]) <= 100:
+            raise ValueError(
+                f"Top-K stages {text!r}: expected stages and a percentage in (0, 100], such as "
+                "'2_20' (20 % after stage 2), '1-2-3_10' or '1_20,3_10'"
+            )
+        for stage in found[1].split("-"):
+            if f"layer{stage}" in sites:
+                raise ValueError(f"Top-K stages {text!r}: stage {stage} is named twice")
+            sites[f"layer{stage}"] = float(found[2]) * 0.01
+    return sites
 
 
 def resolve_sites(
@@ -17,16 +48,19 @@ def resolve_sites(
     """Setting of each site.
 
     Args:
-        topk: None (no site), a kept fraction in (0, 1] for the published sites, or a mapping from
-            feature name to a fraction or a `TopK`.
+        topk: None (no site), a kept fraction in (0, 1] for the published sites, a mapping from
+            feature name to a fraction or a `TopK`, or text as `parse_stages` takes it.
         published: Names of the published sites.
         feature_names: Every name that may be a site.
 
     Raises:
-        ValueError: An unknown site (the nearest names are listed), or a fraction outside (0, 1].
+        ValueError: An unknown site (the nearest names are listed), a fraction outside (0, 1], or
+            text of another form.
     """
     if topk is None:
         return {}
+    if isinstance(topk, str):
+        topk = parse_stages(topk)
     settings = topk if isinstance(topk, Mapping) else dict.fromkeys(published, topk)
     sites = {}
     for name, setting in settings.items():

@@ -1,16 +1,16 @@
 """VGG (Simonyan and Zisserman, 2015) in torchvision's form, with and without batch normalisation.
 
-`logits, features = network.apply(variables, images, train=False)`; images are float32 NHWC,
-normalised as the weights' catalogue entry says. Features: `conv1_1 (bn1_1) relu1_1 ... pool1 ...
-pool5 fc6 relu6 fc7 relu7 logits`; published Top-K sites: after each pool.
+`logits, features = network.apply(variables, images, train=False)`; images are NHWC, normalised as
+the weights' catalogue entry says, of the parameters' dtype (float32). Features: `conv1_1 (bn1_1)
+relu1_1 ... pool1 ... pool5 fc6 relu6 fc7 relu7 logits`; published Top-K sites: after each pool.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from topk_jax import layers
 from topk_jax.networks.sites import Features, TopKSites, resolve_sites
@@ -21,6 +21,26 @@ STAGES = {
     "vgg13": (2, 2, 2, 2, 2),
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
+}
+
+# Small networks for CIFAR-10 in the same form (ours; for images of 32 x 32).
+SMALL: dict[str, dict[str, Any]] = {
+    "cnn2": {
+        "convolutions": (1, 1),
+        "widths": (16, 32),
+        "pooled_size": 8,
+        "hidden": (),
+        "num_classes": 10,
+    },
+    "cifar_cnn": {
+        "convolutions": (1, 1, 1, 1),
+        "widths": (32, 64, 128, 256),
+        "batch_norm": True,
+        "pooled_size": 2,
+        "hidden": (256, 128),
+        "num_classes": 10,
+        "dropout": 0.2,
+    },
 }
 
 
@@ -70,11 +90,19 @@ class VGG(nn.Module):
             names += [f"fc{layer}", f"relu{layer}"]
         return (*names, "logits")
 
+    @property
+    def output_module(self) -> str:
+        """Name of the module that gives the logits."""
+        return f"classifier.{3 * len(self.hidden)}"
+
     @nn.compact
     def __call__(
-        self, images: Float[Array, "n h w 3"], *, train: bool
+        self, images: Float[Array, "n h w 3"], *, train: bool, mask: Bool[Array, " n"] | None = None
     ) -> tuple[Float[Array, "n classes"], dict[str, Array]]:
-        """Logits and every named feature of normalised `images`."""
+        """Logits and every named feature of normalised `images`.
+
+        In training, rows with a False `mask` do not count in the statistics of the batch.
+        """
         features = Features(resolve_sites(self.topk, self.published_sites, self.feature_names))
         x = images
         index = 0
@@ -88,7 +116,8 @@ class VGG(nn.Module):
                 index += 1
                 if self.batch_norm:
                     norm = layers.BatchNorm(axis_name=self.axis_name, name=f"features.{index}")
-                    x = features.site(f"bn{stage}_{i}", norm(x, use_running_average=not train))
+                    x = norm(x, use_running_average=not train, mask=mask)
+                    x = features.site(f"bn{stage}_{i}", x)
                     index += 1
                 x = features.site(f"relu{stage}_{i}", jax.nn.relu(x))
                 index += 1
@@ -101,6 +130,6 @@ class VGG(nn.Module):
             x = features.site(f"fc{6 + i}", nn.Dense(width, name=f"classifier.{3 * i}")(x))
             x = features.site(f"relu{6 + i}", jax.nn.relu(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = nn.Dense(self.num_classes, name=f"classifier.{3 * len(self.hidden)}")(x)
+        x = nn.Dense(self.num_classes, name=self.output_module)(x)
         logits = features.site("logits", x)
         return logits, dict(features)

@@ -4,10 +4,11 @@ An image is uint8 [height, width, 3], RGB, 0 to 255. `load` may be called from s
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 from numpy.typing import ArrayLike
 
 
@@ -17,7 +18,8 @@ class Stimuli:
 
     Attributes:
         name: the dataset, as in the benchmark ("cue-conflict").
-        categories: all names that an answer can have.
+        categories: all names that an answer can have, no two alike; the place of a name among
+            them is its label.
         image_names: one a stimulus, no two alike, since trials are told apart by them; file names
             as the dataset gives them, with the class's folder where they repeat among classes.
         category: the true category of each; of a cue conflict that of its shape.
@@ -28,7 +30,8 @@ class Stimuli:
             "builtin seed=0".
 
     Raises:
-        ValueError: columns of different length, an unknown category, or a name given twice.
+        ValueError: columns of different length, an unknown category, or a category or an image's
+            name given twice.
     """
 
     name: str
@@ -47,6 +50,11 @@ class Stimuli:
                 f"{len(self.condition)} conditions; expected one of each for every image"
             )
         known, seen = set(self.categories), set()
+        if len(known) != len(self.categories):
+            twice = sorted({name for name in known if self.categories.count(name) > 1})
+            raise ValueError(
+                f"{self.name}: category {twice[0]!r} is there twice; categories must differ"
+            )
         for name, category in zip(self.image_names, self.category, strict=True):
             if category not in known:
                 raise ValueError(
@@ -59,6 +67,12 @@ class Stimuli:
 
     def __len__(self) -> int:
         return len(self.image_names)
+
+    @property
+    def labels(self) -> Int32[np.ndarray, " n"]:
+        """The true category of each as its place in `categories`; computed at every call."""
+        place = {category: label for label, category in enumerate(self.categories)}
+        return np.array([place[category] for category in self.category], np.int32)
 
     def select(self, indices: Sequence[int] | ArrayLike) -> "Stimuli":
         """Returns some of the stimuli, in the order given.
@@ -89,3 +103,72 @@ class Stimuli:
             load=lambda index: self.load(rows[index]),
             origin=self.origin if whole else f"{self.origin} ({len(rows)} of {len(self)})",
         )
+
+
+def check_same_classes(*stimuli: Stimuli) -> None:
+    """Checks that sets agree in their categories and in their order, that is, in their labels.
+
+    Args:
+        *stimuli: any number of sets; each is compared with the first.
+
+    Raises:
+        ValueError: a category that only one of two has, or another order; the message names both
+            sets and what they differ in.
+    """
+    for other in stimuli[1:]:
+        first = stimuli[0]
+        if first.categories == other.categories:
+            continue
+        between = f"{first.name} ({first.origin}) and {other.name} ({other.origin})"
+        lacks = [
+            f"{listed(sorted(missing))} only in {each.name}"
+            for each, missing in (
+                (first, set(first.categories) - set(other.categories)),
+                (other, set(other.categories) - set(first.categories)),
+            )
+            if missing
+        ]
+        if lacks:
+            raise ValueError(f"{between} have different classes: {'; '.join(lacks)}")
+        place = next(
+            i
+            for i, (ours, theirs) in enumerate(zip(first.categories, other.categories, strict=True))
+            if ours != theirs
+        )
+        raise ValueError(
+            f"{between} have the same classes in another order (class {place} is "
+            f"{first.categories[place]} and {other.categories[place]}); "
+            "read both with one list of classes"
+        )
+
+
+def listed(names: Sequence[str], *, most: int = 10) -> str:
+    """Names with commas between them, those beyond the first `most` as a number; for messages."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
+
+
+def chosen_classes(
+    classes: Sequence[str] | None, found: Sequence[str], *, place: str
+) -> tuple[str, ...]:
+    """The classes to use, in the order of the labels: those asked for, or all that were found.
+
+    Args:
+        classes: asked for; None is all.
+        found: what there is.
+        place: where, for the errors.
+
+    Raises:
+        ValueError: no list of names, or a class that was not found.
+    """
+    if classes is None:
+        return tuple(found)
+    if isinstance(classes, str) or not classes:
+        raise ValueError(f"classes={classes!r}: expected a list of folder names, as ['cat', 'dog']")
+    known = set(found)
+    missing = [each for each in classes if each not in known]
+    if missing:
+        near = difflib.get_close_matches(missing[0], found, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{place}: no class {listed(missing)}{hint}; it has {listed(found)}")
+    return tuple(classes)

@@ -10,10 +10,8 @@ import importlib.util
 import os
 import pathlib
 
-import numpy as np
-from jaxtyping import UInt8
-
 from topk_jax import files, images
+from topk_jax.stimuli import folders
 from topk_jax.stimuli.base import Stimuli
 
 CLASSES = 1000
@@ -34,8 +32,7 @@ def imagenet_wnids() -> tuple[str, ...]:
         ValueError: the list is not one of 1,000 different names.
     """
     found = importlib.util.find_spec(_PACKAGE)
-    folders = (found.submodule_search_locations if found else None) or ()
-    for folder in folders:
+    for folder in (found.submodule_search_locations if found else None) or ():
         path = pathlib.Path(folder) / _LABELS
         if path.is_file():
             wnids = tuple(path.read_text(encoding="ascii").split())
@@ -69,38 +66,19 @@ def read_class_folders(folder: str | os.PathLike[str]) -> Stimuli:
     folder = files.local_path(folder)
     wnids = imagenet_wnids()
     known = frozenset(wnids)
-    classes = sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-    if not classes:
-        raise ValueError(f"{folder}: no folders of images; expected {_LAYOUT}")
-    for path in classes:
-        if path.name not in known:
-            near = difflib.get_close_matches(path.name, wnids, 1, cutoff=0.8)
+    found = [path.name for path in folders.class_folders(folder, layout=_LAYOUT)]
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(name, wnids, 1, cutoff=0.8)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(
-                f"{path}: no class of ImageNet has this name{hint}; expected {_LAYOUT}"
+                f"{folder / name}: no class of ImageNet has this name{hint}; expected {_LAYOUT}"
             )
-    paths = [path for each in classes for path in _images_of_class(each)]
-    for _ in images.map_parallel(images.read_size, paths):
-        pass
-
-    def load(index: int) -> UInt8[np.ndarray, "h w 3"]:
-        return images.read_image(paths[index])
-
-    return Stimuli(
-        name=_NAME,
-        categories=wnids,
-        image_names=tuple(f"{path.parent.name}/{path.name}" for path in paths),
-        category=tuple(path.parent.name for path in paths),
-        condition=("NaN",) * len(paths),
-        load=load,
-        origin=str(folder),
+    stimuli = folders.stimuli_in_folders(
+        folder, found, name=_NAME, categories=wnids, layout=_LAYOUT
     )
-
-
-def _images_of_class(folder: pathlib.Path) -> list[pathlib.Path]:
-    paths = images.list_images(folder)
-    if not paths:
-        raise ValueError(f"{folder}: no images; expected {_LAYOUT}")
-    return paths
+    for _ in images.map_parallel(
+        lambda image_name: images.read_size(folder / image_name), stimuli.image_names
+    ):
+        pass
+    return stimuli

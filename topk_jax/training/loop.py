@@ -1,7 +1,4 @@
-"""Training on images that fit into memory, data-parallel over all devices.
-
-Data contract: images uint8 [n, h, w, 3] and int32 labels [n]; see `training.state` for batches.
-"""
+"""Steps of a run, a stretch at a time, with records of what they cost and gave."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,38 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int32, UInt8
 
-from topk_jax import parallel
-from topk_jax.training.state import Batch, Sums, TrainState
+from topk_jax.training.state import Batch, TrainState
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 Report = Callable[[dict[str, Any]], None]
 
-
-def shuffled_batches(
-    images: UInt8[np.ndarray, "n h w 3"],
-    labels: Int32[np.ndarray, " n"],
-    *,
-    batch_size: int,
-    epochs: int,
-    seed: int,
-    devices: int = 1,
-) -> Iterator[Batch]:
-    """Batches [devices, rows, ...] of several epochs, each in an order of its own.
-
-    Every image comes once an epoch; the last batch of an epoch may be short. What is missing to
-    `batch_size`, or to a multiple of `devices`, is filled with copies whose mask is False.
-    """
-    size = parallel.batch_per_call(batch_size, devices)
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(labels))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = {"image": images[chosen], "label": labels[chosen]}
-            batch = parallel.pad_batch(batch, size)
-            batch["mask"] = np.arange(size) < len(chosen)
-            yield parallel.shard(batch, devices)
+_IN_FLIGHT = 2  # calls that wait for the devices; each holds its batch
 
 
 def fit(
@@ -48,75 +20,65 @@ def fit(
     state: TrainState,
     batches: Iterator[Batch],
     *,
+    start: int,
+    stop: int,
     report: Report,
     log_every: int = 100,
-    devices: list[parallel.Device] | None = None,
-) -> TrainState:
-    """Runs `step` over all batches.
+) -> tuple[TrainState, dict[str, float]]:
+    """Makes the steps from `start` up to `stop`.
 
     Args:
-        step: Step of one replica, from `make_train_step`.
-        state: Start; its buffers are given away, so it must not be used afterwards.
-        batches: With a leading axis of all devices.
-        report: Gets, every `log_every` steps and at the end, a record of `step`, `loss` and
-            `accuracy` (means over the images since the last record, in training mode) and
-            `images_per_second` (compilation included in the first).
+        step: From `parallel.map_step`.
+        state: After `start` steps, replicated; it is given away and must not be used afterwards.
+        batches: Gives the batches from `start` on.
+        start: Steps already made.
+        stop: Steps made afterwards.
+        report: Gets, whenever `log_every` divides the number of steps made and at the end, a
+            record of `step`, `loss` and `accuracy` (means over the images since the last record,
+            in training mode) and `images_per_second` (compilation included in the first).
         log_every: Steps between records.
-        devices: All local ones by default.
 
     Returns:
-        The last state, replicated over the devices.
+        The last state, replicated, and the sums `loss`, `correct` and `count` over all images.
 
     Raises:
-        RuntimeError: The loss is not finite (noticed at the next record), or the parameters at
-            the end are not.
+        RuntimeError: A loss is not finite; the message names the step. It is noticed at the next
+            record.
     """
-    devices = devices or jax.local_devices()
-    mapped = jax.pmap(
-        step,
-        axis_name=parallel.AXIS,
-        in_axes=(None, 0),
-        out_axes=None,  # pyright: ignore[reportArgumentType]
-        donate_argnums=0,
-        devices=devices,
-    )
-    state = parallel.replicate(state, devices)
-    pending: list[Sums] = []
-    start = time.monotonic()
+    totals: dict[str, float] = dict.fromkeys(("loss", "correct", "count"), 0.0)
+    pending: list[dict[str, Any]] = []
+    begun = time.monotonic()
 
-    def record() -> None:
-        nonlocal start
+    def record(made: int) -> None:
+        nonlocal begun
         fetched = jax.device_get(pending)
-        loss, correct, count = (
-            float(sum(sums[name] for sums in fetched)) for name in ("loss", "correct", "count")
-        )
+        sums = {name: float(sum(each[name] for each in fetched)) for name in totals}
+        for number, each in enumerate(fetched, start=made - len(fetched) + 1):
+            if not np.isfinite(each["loss"]):
+                raise RuntimeError(
+                    f"the loss of step {number} is {float(each['loss'])}: a lower learning rate or "
+                    "a limit, config.optimizer.clip_norm, may help"
+                )
         now = time.monotonic()
+        for name, value in sums.items():
+            totals[name] += value
+        count = max(sums["count"], 1)
         report(
             {
-                "step": int(state.step),
-                "loss": loss / count,
-                "accuracy": correct / count,
-                "images_per_second": count / max(now - start, 1e-9),
+                "step": made,
+                "loss": sums["loss"] / count,
+                "accuracy": sums["correct"] / count,
+                "images_per_second": sums["count"] / max(now - begun, 1e-9),
             }
         )
-        if not np.isfinite(loss):
-            raise RuntimeError(
-                f"the loss is {loss} by step {int(state.step)}: a lower learning rate may help"
-            )
         pending.clear()
-        start = now
+        begun = now
 
-    for batch in batches:
-        state, sums = mapped(state, batch)
+    for made in range(start + 1, stop + 1):
+        state, sums = step(state, next(batches))
         pending.append(sums)
-        if len(pending) == log_every:
-            record()
-    if pending:
-        record()
-    for leaf in jax.tree.leaves(jax.device_get(state.variables)):
-        if not np.all(np.isfinite(leaf)):
-            raise RuntimeError(
-                f"parameters are not finite after step {int(state.step)}: a lower learning rate "
-                "may help"
-            )
-    return state
+        if len(pending) > _IN_FLIGHT:
+            jax.block_until_ready(pending[-1 - _IN_FLIGHT])
+        if made % log_every == 0 or made == stop:
+            record(made)
+    return state, totals

@@ -7,7 +7,7 @@ of devices and any uneven batch give the same update.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,11 @@ from topk_jax import images as images_lib
 from topk_jax import parallel
 from topk_jax.images import Preprocessing
 from topk_jax.networks import Network, variable_shapes
+from topk_jax.training import losses as losses_lib
 
 Batch = dict[str, Any]
 Sums = dict[str, Array]
+LossFunction = Callable[[Float[Array, "n classes"], Int32[Array, " n"]], Float[Array, " n"]]
 
 
 class TrainState(NamedTuple):
@@ -33,6 +35,7 @@ class TrainState(NamedTuple):
         batch_stats: Running statistics, empty for networks without batch normalisation.
         opt_state: The optimiser's state.
         key: Typed random key; constant.
+        ema: Moving average of the variables, None if there is none.
     """
 
     step: Int32[Array, ""]
@@ -40,12 +43,16 @@ class TrainState(NamedTuple):
     batch_stats: Any
     opt_state: Any
     key: Array
+    ema: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """What `network.apply` takes."""
-        stats = {"batch_stats": self.batch_stats} if self.batch_stats else {}
-        return {"params": self.params, **stats}
+        return _variables(self.params, self.batch_stats)
+
+
+def _variables(params: Any, batch_stats: Any) -> dict[str, Any]:
+    return {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
 
 
 def init_variables(network: Network, key: Array, *, image_size: int = 224) -> dict[str, Any]:
@@ -78,7 +85,11 @@ def init_variables(network: Network, key: Array, *, image_size: int = 224) -> di
 
 
 def create_state(
-    variables: dict[str, Any], optimizer: optax.GradientTransformation, key: Array
+    variables: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """State before the first step.
 
@@ -86,6 +97,7 @@ def create_state(
         variables: `{"params": ...}`, with `"batch_stats"` where the network has any.
         optimizer: Its state is made for the parameters.
         key: Typed random key of the noise in training (dropout, random controls of Top-K).
+        ema: Keep a moving average of the variables.
     """
     params = variables["params"]
     return TrainState(
@@ -94,6 +106,7 @@ def create_state(
         batch_stats=variables.get("batch_stats", {}),
         opt_state=jax.jit(optimizer.init)(params),
         key=key,
+        ema=jax.tree.map(jnp.array, variables) if ema else None,
     )
 
 
@@ -102,44 +115,56 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     preprocessing: Preprocessing,
+    loss: LossFunction = losses_lib.softmax_cross_entropy,
     microbatch: int | None = None,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    ema_decay: float = 0.0,
     axis_name: str = parallel.AXIS,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """Builds the step of one replica, to be mapped over devices.
-
-    `jax.pmap(step, axis_name=axis_name, in_axes=(None, 0), out_axes=None, donate_argnums=0)`
-    drives it: state replicated, batches [devices, n, ...].
+    """Builds the step of one replica, to be driven by `parallel.map_step`.
 
     Args:
         network: Called with `train=True`; with batch normalisation, its `axis_name` must be the
             same.
-        optimizer: Gets the gradient of the mean cross-entropy.
+        optimizer: Gets the gradient of the mean loss.
         preprocessing: How pixels are normalised.
+        loss: `loss(logits, labels) -> [n]`, one value a row.
         microbatch: Rows that gradients are taken of at a time; None takes all of a device's. Less
             memory, and on CPUs faster: XLA's gradient of a convolution's kernel takes less time an
             image for few images. Not for networks with batch normalisation.
+        precision: With "bfloat16" images and a copy of the parameters are rounded to 16 bits;
+            parameters, batch statistics, logits and the loss stay in 32.
+        ema_decay: Weight of the old in the state's moving average, if it has one.
         axis_name: Name of the device axis.
 
     Returns:
         `step(state, batch) -> (state, sums)`; sums over the valid rows of all devices: `loss`,
         `correct`, `count`, each a float32 scalar.
     """
+    dtype = jnp.dtype(precision)
 
     def loss_sum(
         params: Any, batch_stats: Any, batch: Batch, key: Array
     ) -> tuple[Float[Array, ""], tuple[Sums, Any]]:
-        variables = {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
         pixels = images_lib.normalize(batch["image"], preprocessing)
+        if dtype != jnp.float32:
+            params, pixels = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, pixels))
         rngs = {"dropout": key, "topk": jax.random.fold_in(key, 1)}
+        valid = {"mask": batch["mask"]} if batch_stats else {}
         (logits, _), updated = network.apply(
-            variables, pixels, train=True, rngs=rngs, mutable=["batch_stats"]
+            _variables(params, batch_stats),
+            pixels,
+            train=True,
+            rngs=rngs,
+            mutable=["batch_stats"],
+            **valid,
         )
         mask = batch["mask"].astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        losses = loss(logits.astype(jnp.float32), batch["label"])
         correct = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
-        loss = jnp.sum(losses * mask)
-        sums = {"loss": loss, "correct": jnp.sum(correct * mask), "count": jnp.sum(mask)}
-        return loss, (sums, updated.get("batch_stats", {}))
+        total = jnp.sum(losses * mask)
+        sums = {"loss": total, "correct": jnp.sum(correct * mask), "count": jnp.sum(mask)}
+        return total, (sums, updated.get("batch_stats", {}))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         rows = len(batch["label"])
@@ -165,7 +190,13 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax's schedules promote
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
-        state = TrainState(state.step + 1, params, batch_stats, opt_state, state.key)
-        return state, sums
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(
+                lambda old, new: ema_decay * old + (1 - ema_decay) * new,
+                ema,
+                _variables(params, batch_stats),
+            )
+        return TrainState(state.step + 1, params, batch_stats, opt_state, state.key, ema), sums
 
     return step
