@@ -273,24 +273,38 @@ SHORT = (
 )  # fmt: skip
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """Two processes of two devices over loopback, and one of four devices, give the same losses."""
+def two_processes(*flags):
+    """Two processes with two devices each, over loopback; what the first one printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        script(
-            *SHORT, f"--workdir={tmp_path / 'two'}", "--distributed", "--num_processes=2",
-            f"--coordinator_address=127.0.0.1:{port}", f"--process_id={number}", devices=2,
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "2 processes" in outputs[0][0]
-    assert not outputs[1][0]
-    one = script(*SHORT, f"--workdir={tmp_path / 'one'}", devices=4)
-    output = one.communicate(timeout=300)
+    common = (
+        *flags,
+        "--distributed",
+        "--num_processes=2",
+        f"--coordinator_address=127.0.0.1:{port}",
+    )
+    with (
+        script(*common, "--process_id=0", devices=2) as first,
+        script(*common, "--process_id=1", devices=2) as second,
+    ):
+        try:
+            outputs = [process.communicate(timeout=300) for process in (first, second)]
+        except subprocess.TimeoutExpired:
+            first.kill()
+            second.kill()
+            raise
+    assert (first.returncode, second.returncode) == (0, 0), outputs
+    assert "epoch" not in outputs[1][0]  # only the first speaks
+    return outputs[0][0]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Two processes of two devices over loopback, and one of four devices, give the same losses."""
+    output = two_processes(*SHORT, f"--workdir={tmp_path / 'two'}")
+    assert "4 devices, 2 processes" in output
+    with script(*SHORT, f"--workdir={tmp_path / 'one'}", devices=4) as one:
+        output = one.communicate(timeout=300)
     assert one.returncode == 0, output
     found, expected = read_records(tmp_path / "two"), read_records(tmp_path / "one")
     assert len(found) == len(expected) == 6
@@ -300,21 +314,13 @@ def test_two_processes_train_as_one(tmp_path):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         else:
             assert a["n_images"] == b["n_images"]
-    # and they restore together: the finished run's checkpoint is read by both
+    # They go on together: the same run without its results takes the last checkpoint.
     summary = tmp_path / "two" / "summary.json"
     kept = json.loads(summary.read_text())
     result = kept.pop("result")
     summary.write_text(json.dumps(kept))
-    processes = [
-        script(
-            *SHORT, f"--workdir={tmp_path / 'two'}", "--distributed", "--num_processes=2",
-            f"--coordinator_address=127.0.0.1:{port}", f"--process_id={number}", devices=2,
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "going on after step 4 of 4" in outputs[0][0]
+    output = two_processes(*SHORT, f"--workdir={tmp_path / 'two'}")
+    assert "going on after step 4 of 4" in output
     assert json.loads(summary.read_text())["result"]["sha256"] == result["sha256"]
 
 

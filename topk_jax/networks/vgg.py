@@ -39,7 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "pooled_size": 2,
         "hidden": (256, 128),
         "num_classes": 10,
-        "dropout": 0.2,
+        "dropout": 0.0,  # ten epochs of augmented images do not overfit
     },
 }
 

@@ -99,6 +99,9 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         manager = self._manager(name)
+        # One at a time: the barriers of two savings of several processes have the same name.
+        for other in self._managers.values():
+            other.wait_until_finished()
         if step in manager.all_steps():
             return  # a run that was ended between two checkpoints comes to the same step again
         items = ocp.args.Composite(
