@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "network": "builtin",
+            "network_options": {"dropout": 0.2},
             "topk": "",
             "epochs": 6,
             "batch_size": 64,

@@ -169,3 +169,50 @@ def test_the_layer_computes_this_convolution():
     layer = layers.conv(4, 5, stride=2, padding=2, name="conv")
     found = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
     assert_close(found, loop_conv2d(x, kernel, 2, 2) + np.arange(4))
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 16, 37])
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2)])
+def test_derivatives_in_slices(n, size, stride):
+    """However many images: gradients and tangents against those of lax, which takes them whole."""
+    x, kernel = draw((n, 6, 5, 3), size, 4)
+    dx, dkernel = draw((n, 6, 5, 3), size, 4)
+    padding = size // 2
+
+    def ours(x, kernel):
+        return jnp.sin(conv2d(x, kernel, stride=stride, padding=padding, method="xla"))
+
+    def whole(x, kernel):
+        return jnp.sin(
+            jax.lax.conv_general_dilated(
+                x, kernel, (stride, stride), ((padding, padding),) * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        )  # fmt: skip
+
+    def everything(function):
+        def energy(x, kernel):
+            return jnp.sum(function(x, kernel))
+
+        gradient = jax.grad(energy, argnums=(0, 1))
+        along = jax.jvp(function, (x, kernel), (dx, dkernel))
+        kernel_alone = jax.jvp(lambda kernel: function(x, kernel), (kernel,), (dkernel,))
+        second = jax.grad(lambda kernel: jnp.sum(jax.grad(energy, argnums=1)(x, kernel) ** 2))
+        curvature = jax.jvp(gradient, (x, kernel), (dx, dkernel))
+        return gradient(x, kernel), along, kernel_alone, second(kernel), curvature
+
+    found, expected = (jax.jit(functools.partial(everything, f))() for f in (ours, whole))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(a, b)
+
+
+def test_only_what_is_asked_for_is_computed():
+    """No image's gradient where the kernel's is wanted, and the other way round."""
+    x, kernel = draw((8, 64, 64, 16), 3, 8)
+
+    def convolutions(argnums):
+        gradient = jax.grad(lambda *a: jnp.sum(conv2d(*a, padding=1) ** 2), argnums=argnums)
+        return str(jax.make_jaxpr(gradient)(x, kernel)).count("conv_general_dilated[")
+
+    assert convolutions(0) == 2  # forwards, and the images' gradient
+    assert convolutions(1) == 3  # forwards, and the kernel's over two slices of four
