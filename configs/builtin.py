@@ -32,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
             "batch_size": 64,
             "microbatch": 8,  # of a device
             "log_every": 100,
+            "checkpoint_every": 0,
             "evaluate_every": 6,
             "data": {
                 "source": "builtin",

@@ -20,9 +20,12 @@ def get_config() -> ml_collections.ConfigDict:
             "seed": 0,
             "network": "resnet32",
             "topk": "",
+            "weights": "",
             "epochs": 10,
             "batch_size": 128,
             "log_every": 20,
+            "checkpoint_every": 0,
+            "evaluate_every": 1,
             "data": {
                 "source": "zip",
                 "path": "cifar10_train.zip",

@@ -35,9 +35,11 @@ def get_config(argument: str = "topk,code") -> ml_collections.ConfigDict:
             "network": "resnet18",
             "network_options": {"stem": "cifar", "width": 16, "blocks": (1, 1, 1, 1)},
             "topk": VARIANTS[variant],
+            "weights": "",
             "epochs": 30,
             "batch_size": 32,
             "log_every": 20,
+            "checkpoint_every": 0,
             "evaluate_every": 5,
             "data": {
                 "source": "folder",

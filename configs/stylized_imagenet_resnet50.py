@@ -36,6 +36,7 @@ def get_config(scheme: str = "a") -> ml_collections.ConfigDict:
             "precision": "float32",
             "log_every": 100,
             "checkpoint_every": 1000,
+            "evaluate_every": 1,
             "data": {
                 "source": "folder",
                 "path": "stylized_imagenet",

@@ -112,35 +112,62 @@ def test_stored_outputs_of_torchvision(monkeypatch, name, own_search):
             assert error < 1e-4, f"{prefix} {key}: {error:.2g}"
 
 
+SEEDS = 20
+"""Draws of weights and image among which one must be well posed."""
+
+
 @pytest.mark.parity
 @pytest.mark.slow
 @pytest.mark.parametrize("side", [224, 193])
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_torchvision_module(name, side):
+    """Logits and all features, plain and with Top-K at the published sites.
+
+    Rounding that turns one near-tie at a site changes all that follows, in any implementation. So
+    Top-K networks are compared twice. For every seed the layers behind a site see the same in both,
+    and entries that were turned must lie at the cut. The first seed for which torchvision's
+    own float32 and float64 keep the same entries, by a margin, is compared as it runs.
+    """
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed: pip install 'topk_jax[parity]'")
     import torch_reference
 
-    model = torch_reference.randomize(torch_reference.build(name), seed=1)
-    images = np.random.default_rng(2).normal(size=(1, side, side, 3)).astype(np.float32)
-    state = {key: value.numpy() for key, value in model.state_dict().items()}
-    variables = state_dict_to_variables(state, variable_shapes(create_network(name)))
-    for fraction in (None, 0.1):
-        network = create_network(name, topk=fraction)
-        logits, features = run(network, variables, images)
-        expected = torch_reference.features(
-            name, model, images, fraction, continue_with=features if fraction else None
-        )
+    plain, sparse = create_network(name), create_network(name, topk=0.1)
+    shapes = variable_shapes(plain)
+    forward = {
+        network: jax.jit(lambda v, x, network=network: network.apply(v, x, train=False))
+        for network in (plain, sparse)
+    }
+    for seed in range(SEEDS):
+        model = torch_reference.randomize(torch_reference.build(name), seed)
+        images = np.random.default_rng(seed).normal(size=(1, side, side, 3)).astype(np.float32)
+        state = {key: value.numpy() for key, value in model.state_dict().items()}
+        variables = state_dict_to_variables(state, shapes)
+        _, features = forward[sparse](variables, images)
+        expected = torch_reference.features(name, model, images, 0.1, continue_with=features)
+        for key in sparse.published_sites:
+            assert_equal_but_for_near_ties(np.asarray(features[key]), expected.pop(key))
+        others = {key: value for key, value in features.items() if key in expected}
+        assert_features_agree(others, expected, f"with Top-K, seed {seed}")
+        if torch_reference.well_posed(name, model, images, 0.1):
+            break
+    else:
+        pytest.fail(f"{name} at {side} is not well posed with any of {SEEDS} seeds")
+    print(f"{name} at {side}: well posed with seed {seed}")
+    for network, fraction in ((plain, None), (sparse, 0.1)):
+        logits, features = forward[network](variables, images)
+        expected = torch_reference.features(name, model, images, fraction)
         assert list(expected) == list(network.feature_names)
-        assert relative_error(logits, expected["logits"]) < 1e-4
-        sites = network.published_sites if fraction else ()
-        for key, value in expected.items():
-            found = np.asarray(features[key])
-            if key in sites:
-                assert_equal_but_for_near_ties(found, value)
-            else:
-                error = relative_error(found, value)
-                assert error < 1e-4, f"{key} with Top-K {fraction}: {error:.2g}"
+        assert_features_agree(
+            features | {"logits": logits}, expected, f"Top-K {fraction}, seed {seed}"
+        )
+
+
+def assert_features_agree(found, expected, case):
+    """Every feature within 1e-4 of its largest entry."""
+    assert set(found) == set(expected)
+    errors = {key: relative_error(found[key], value) for key, value in expected.items()}
+    assert max(errors.values()) < 1e-4, (case, {key: e for key, e in errors.items() if e >= 1e-4})
 
 
 def assert_equal_but_for_near_ties(found, expected):

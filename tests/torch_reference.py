@@ -4,12 +4,16 @@ Nothing of topk_jax is used here. `torch.topk` leaves the choice among equal val
 a first Top-K equal values are common; a stable sort of |x| decides as the library promises to.
 """
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import numpy as np
 import torch
 import torchvision
+
+MARGIN = 4
+"""A cut is clear of rounding from this many times the error of float32 on."""
 
 FAMILIES = {
     "alexnet": "alexnet",
@@ -100,11 +104,20 @@ def published_sites(name: str, names: list[str]) -> list[str]:
     return [feature for feature in names if re.fullmatch(pattern, feature)]
 
 
+def kept(x: torch.Tensor, fraction: float) -> int:
+    """The number of entries that stay in each map."""
+    return int(max(1, fraction * x.shape[2] * x.shape[3]))
+
+
+def ranked(x: torch.Tensor):
+    """Values and indices of |x| in each flattened map, the largest first; ties by index."""
+    return x.abs().flatten(2).sort(dim=2, descending=True, stable=True)
+
+
 def stable_topk(x: torch.Tensor, fraction: float) -> torch.Tensor:
     """Keeps the k largest |x| of each map; ties to the lowest index."""
     n, c, h, w = x.shape
-    k = int(max(1, fraction * h * w))
-    order = x.abs().flatten(2).sort(dim=2, descending=True, stable=True).indices[..., :k]
+    order = ranked(x).indices[..., : kept(x, fraction)]
     mask = torch.zeros(n, c, h * w, dtype=torch.bool).scatter_(2, order, True).view_as(x)
     return torch.where(mask, x, torch.zeros_like(x))
 
@@ -116,12 +129,15 @@ def features(
     fraction: float | None,
     *,
     continue_with: Mapping[str, np.ndarray] | None = None,
+    before_topk: MutableMapping[str, torch.Tensor] | None = None,
 ) -> dict[str, np.ndarray]:
     """Every named feature of NHWC `images`, as NHWC (or [n, c]) arrays, in order.
 
-    With `continue_with` the layer behind each Top-K site sees what is given here under the site's
-    name, not the site's own result: so a near-tie that rounding turns does not spread.
+    All is computed in the dtype of the module's parameters. With `continue_with` the layer behind
+    each Top-K site sees what is given here under the site's name, not the site's own result: so a
+    near-tie that rounding turns does not spread. `before_topk` is filled with what each site sees.
     """
+    dtype = next(model.parameters()).dtype
     named = module_of(name, model)
     sites = published_sites(name, list(named)) if fraction is not None else []
     found: dict[str, np.ndarray] = {}
@@ -129,6 +145,8 @@ def features(
     def hook(feature: str):
         def record(_, __, output):
             if feature in sites:
+                if before_topk is not None:
+                    before_topk[feature] = output.detach().clone()
                 output = stable_topk(output, fraction)
             # A copy: torchvision's ReLUs work in place.
             array = output.detach().clone().numpy()
@@ -146,12 +164,41 @@ def features(
         handles.append(module.register_forward_hook(_once(hook(feature), found, feature)))
     try:
         with torch.inference_mode():
-            logits = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+            logits = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(dtype))
     finally:
         for handle in handles:
             handle.remove()
     found["logits"] = logits.numpy()
     return found
+
+
+def well_posed(name: str, model: torch.nn.Module, images: np.ndarray, fraction: float) -> bool:
+    """Whether another way to round float32 may be expected to keep the same entries at every site.
+
+    The float32 module must choose as the same module in float64 does, and in every map the smallest
+    entry kept must lead the largest one dropped by `MARGIN` times the error of float32 in that map.
+    Ties that are exact in both dtypes are clear: zeros, and one value that overlapping windows of
+    a pool show twice.
+    """
+    single: dict[str, torch.Tensor] = {}
+    double: dict[str, torch.Tensor] = {}
+    features(name, model, images, fraction, before_topk=single)
+    features(name, copy.deepcopy(model).double(), images, fraction, before_topk=double)
+    return all(_clear_of_rounding(single[site], double[site], fraction) for site in single)
+
+
+def _clear_of_rounding(single: torch.Tensor, double: torch.Tensor, fraction: float) -> bool:
+    k = kept(single, fraction)
+    chosen = [stable_topk(x, fraction) != 0 for x in (single, double)]
+    if not torch.equal(*chosen):
+        return False
+    gaps = [
+        values[..., k - 1] - values[..., k]
+        for values in (ranked(x).values for x in (single, double))
+    ]
+    error = (single - double).abs().amax(dim=(2, 3))
+    ties = (gaps[0] == 0) & (gaps[1] == 0)
+    return bool((ties | (gaps[1] >= MARGIN * error)).all())
 
 
 def _once(hook, found, feature):

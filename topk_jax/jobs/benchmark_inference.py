@@ -125,7 +125,7 @@ def run(
             raise ValueError("builtin: PyTorch has no such network; --nocompare measures it alone")
     if output:
         benchmark.check_output(output)
-    packages = _packages(report) if compare else None
+    packages = benchmark_torch.import_for_cpu(report) if compare else None
     facts = benchmark.setting(_PACKAGES if packages else _PACKAGES[:-2])
     # Plain once, whether or not it is asked for as a fraction of 1.
     fractions = (1.0, *(sparsity for sparsity in sparsities if sparsity != 1))
@@ -178,7 +178,7 @@ def format_rows(rows: Sequence[Row], batch_size: int) -> list[str]:
         if means:
             lines += [
                 "",
-                f"Geometric mean of the ratios, {_activation(sparsity)}: {', '.join(means)}.",
+                f"Geometric mean of the ratios, {format_activation(sparsity)}: {', '.join(means)}.",
             ]
     if any(benchmark.is_noisy(seconds) for row in rows for seconds in row.seconds.values()):
         lines += ["", benchmark.NOISE_NOTE]
@@ -191,13 +191,14 @@ def _cells(row: Row, layouts: Sequence[str], batch_size: int) -> list[str]:
         noisy = "*" if benchmark.is_noisy(seconds) else ""
         return f"{batch_size / statistics.median(seconds):.1f}{noisy}"
 
-    cells = [row.network, _activation(row.sparsity), speed(OURS), f"{row.compile_seconds:.1f}"]
+    cells = [row.network, format_activation(row.sparsity), speed(OURS), f"{row.compile_seconds:.1f}"]
     for layout in layouts:
         cells += [speed(layout), str(row.ratio(layout))]
     return cells + ([f"{row.n_same} of {len(row.differences)}"] if layouts else [])
 
 
-def _activation(sparsity: float) -> str:
+def format_activation(sparsity: float) -> str:
+    """What a table calls a kept fraction, of which 1 is the plain network."""
     return "plain" if sparsity == 1 else f"{format(100 * sparsity, 'g')} %"
 
 
@@ -207,22 +208,7 @@ def _format_row_briefly(row: Row, batch_size: int) -> str:
         f"{name} {batch_size / statistics.median(seconds):.1f}"
         for name, seconds in row.seconds.items()
     )
-    return f"{row.network} ({_activation(row.sparsity)}): {speeds} images/s"
-
-
-def _packages(report: Callable[[str], None]) -> Torch | None:
-    """PyTorch, set to as many threads as XLA uses; None, and why, where it cannot be compared."""
-    backend = jax.default_backend()
-    if backend != "cpu":
-        report(f"topk_jax alone: the comparison with PyTorch is for the CPU, JAX is on {backend}")
-        return None
-    try:
-        packages = benchmark_torch.import_torch()
-    except ImportError as error:
-        report(f"topk_jax alone: {error}; pip install torch torchvision for the comparison")
-        return None
-    packages.torch.set_num_threads(benchmark.cpu_count())
-    return packages
+    return f"{row.network} ({format_activation(row.sparsity)}): {speeds} images/s"
 
 
 def _random_inputs(
@@ -313,7 +299,7 @@ def _check_agreement(row: Row, report: Callable[[str], None]) -> None:
     if row.n_same == len(row.differences):
         return
     line = (
-        f"{row.network} ({_activation(row.sparsity)}): the logits of {row.n_same} of "
+        f"{row.network} ({format_activation(row.sparsity)}): the logits of {row.n_same} of "
         f"{len(row.differences)} images agree with PyTorch's within {SAME:g}, the largest relative "
         f"difference is {max(row.differences):.1g}"
     )
