@@ -51,6 +51,9 @@ def training_curves(records: Sequence[Mapping[str, Any]], *, title: str = "") ->
         _line(accuracy, checks, values, shortened(name))
     accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
     accuracy.legend(fontsize="small")
+    last = max(epochs)
+    for panel in panels:
+        panel.set_xlim(0, 1.02 * last)
     if biased:
         for name in ("shape_bias", "decided_fraction"):
             values = [math.nan if record[name] is None else record[name] for record in biased]

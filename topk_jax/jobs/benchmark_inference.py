@@ -191,7 +191,12 @@ def _cells(row: Row, layouts: Sequence[str], batch_size: int) -> list[str]:
         noisy = "*" if benchmark.is_noisy(seconds) else ""
         return f"{batch_size / statistics.median(seconds):.1f}{noisy}"
 
-    cells = [row.network, format_activation(row.sparsity), speed(OURS), f"{row.compile_seconds:.1f}"]
+    cells = [
+        row.network,
+        format_activation(row.sparsity),
+        speed(OURS),
+        f"{row.compile_seconds:.1f}",
+    ]
     for layout in layouts:
         cells += [speed(layout), str(row.ratio(layout))]
     return cells + ([f"{row.n_same} of {len(row.differences)}"] if layouts else [])

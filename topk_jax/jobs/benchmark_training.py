@@ -12,6 +12,8 @@ that process.
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -65,6 +67,7 @@ FED_STEPS = 6
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow", "torch", "torchvision")
 _DRAWN_IMAGES, _DRAWN_SIZE = 512, 96
 _MOST_IMAGES = 2048  # of a folder, so that they fit into memory
+_ENDLESS = 1_000_000  # epochs
 _MEBIBYTE = 2**20
 
 
@@ -245,22 +248,20 @@ def run(
             parallel.check_shared_evenly(case.batch_size, count)
     if output:
         benchmark.check_output(output)
-    if source != BUILTIN:
-        stimuli.read_image_folder(source)
     packages = benchmark_torch.import_for_cpu(report) if compare else None
     facts = benchmark.setting(_PACKAGES if packages else _PACKAGES[:-2])
     fractions = (1.0, *(sparsity for sparsity in sparsities if sparsity != 1))
     rows: list[Row] = []
     scaling: list[Scaling] = []
     inputs: list[Input] = []
-    with _folder_of_images(source, seed) as folder:
+    with _images(source, seed) as found:
         for case in cases:
             for sparsity in fractions:
                 rows.append(_measure_step(case, sparsity, packages, rounds))
                 report(_format_briefly(rows[-1]))
             if devices:
                 scaling.append(_measure_scaling(case, devices, rounds, report))
-            inputs += _measure_input(case, folder, rounds)
+            inputs += _measure_input(case, found, rounds)
     result = {
         "benchmark": "training",
         "command": command,
@@ -358,7 +359,9 @@ def format_inputs(rows: Sequence[Input]) -> list[str]:
     """The table of what the input costs."""
     cells = []
     for row in rows:
-        low, middle, high = (100 * share for share in (row.share.low, row.share.median, row.share.high))
+        low, middle, high = (
+            100 * share for share in (row.share.low, row.share.median, row.share.high)
+        )
         cells.append(
             [
                 row.case.network,
@@ -411,9 +414,7 @@ def _cases(
             Case(name, 0, 0, seed).create(sparsity)
         small = network.stem == "cifar"
         if compare and small and network.shortcut != "padding":
-            raise ValueError(
-                f"{name}: PyTorch has no such network; --nocompare measures it alone"
-            )
+            raise ValueError(f"{name}: PyTorch has no such network; --nocompare measures it alone")
         usual = (128, 32) if small else (64, 64)
         cases.append(Case(name, batch_size or usual[0], image_size or usual[1], seed))
     return cases
@@ -458,14 +459,12 @@ def _measure_step(case: Case, sparsity: float, packages: Torch | None, rounds: i
     batch = case.batch()
     ours = _Step(case, sparsity, batch, jax.local_devices()[:1])
     memory = ours.compiled.memory_analysis()
-    candidates: dict[str, Callable[[], Any]] = {OURS: ours}
+    candidates: dict[str, Callable[[], float]] = {OURS: ours}
     differences: dict[str, float] = {}
     if packages is not None:
-        modules = {
-            layout: _torch_module(packages, case, sparsity, layout) for layout in LAYOUTS
-        }
-        steps = {
-            layout: benchmark_torch.training_step(
+        modules = {layout: _torch_module(packages, case, sparsity, layout) for layout in LAYOUTS}
+        for layout, module in modules.items():
+            candidates[layout] = benchmark_torch.training_step(
                 packages,
                 module,
                 batch,
@@ -473,12 +472,8 @@ def _measure_step(case: Case, sparsity: float, packages: Torch | None, rounds: i
                 optimizer=OPTIMIZER,
                 memory_format=layout,
             )
-            for layout, module in modules.items()
-        }
-        first = LAYOUTS[0]
-        differences = _differences(case, ours, steps[first], modules[first])
+        differences = _differences(case, ours, candidates, modules)
         _check_agreement(case, sparsity, differences)
-        candidates |= steps
     seconds = benchmark.measure(candidates, rounds=rounds)
     return Row(
         case,
@@ -495,10 +490,11 @@ def _torch_module(
     packages: Torch, case: Case, sparsity: float, layout: benchmark_torch.MemoryFormat
 ) -> Any:
     """PyTorch's network with the same weights, in memory of its own."""
+    state_dict = variables_to_state_dict(case.variables())
     return benchmark_torch.network(
         packages,
         case.network,
-        {name: array.copy() for name, array in variables_to_state_dict(case.variables()).items()},
+        {name: array.copy() for name, array in state_dict.items()},
         activation=None if sparsity == 1 else benchmark_torch.authors_topk(packages, sparsity),
         sites=(SITE,),
         num_classes=CLASSES,
@@ -507,23 +503,157 @@ def _torch_module(
 
 
 def _differences(
-    case: Case, ours: Callable[[], float], theirs: Callable[[], float], module: Any
+    case: Case,
+    ours: _Step,
+    steps: Mapping[str, Callable[[], float]],
+    modules: Mapping[str, Any],
 ) -> dict[str, float]:
-    """Makes the steps that are compared, and returns the relative differences."""
-    losses = [(ours(), theirs()) for _ in range(COMPARED_STEPS)]
+    """Makes the steps that are compared; the largest relative differences of PyTorch's modules."""
+    losses = {name: [step() for _ in range(COMPARED_STEPS)] for name, step in steps.items()}
     start = variables_to_state_dict(case.variables())
     found = variables_to_state_dict(jax.device_get(ours.state.variables))
-    expected = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    running = {name for name in start if ".running_" in name}
 
-    def relative(names: Sequence[str]) -> float:
+    def relative(names: set[str], expected: Mapping[str, np.ndarray]) -> float:
         wrong = sum(np.sum(np.square(found[name] - expected[name])) for name in names)
         change = sum(np.sum(np.square(expected[name] - start[name])) for name in names)
         return float(np.sqrt(wrong / change))
 
-    statistics_ = [name for name in start if "running_" in name]
-    ours_first, theirs_first = losses[0]
-    return {
-        "loss": abs(ours_first - theirs_first) / abs(theirs_first),
-        "parameters": relative([name for name in start if name not in statistics_]),
-        "statistics": relative(statistics_),
+    differences: list[dict[str, float]] = []
+    for layout, module in modules.items():
+        expected = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+        differences.append(
+            {
+                "loss": abs(losses[OURS][0] / losses[layout][0] - 1),
+                "parameters": relative(set(start) - running, expected),
+                "statistics": relative(running, expected),
+            }
+        )
+    # Not max(), which may pass over a NaN.
+    return {name: float(np.max([each[name] for each in differences])) for name in differences[0]}
+
+
+def _check_agreement(case: Case, sparsity: float, differences: Mapping[str, float]) -> None:
+    change = SAME_PLAIN if sparsity == 1 else SAME_TOPK
+    for name, difference in differences.items():
+        bound = SAME_LOSS if name == "loss" else change
+        if not difference <= bound:
+            raise RuntimeError(
+                f"{case.network} ({format_activation(sparsity)}): after {COMPARED_STEPS} steps the "
+                f"relative difference from PyTorch in {name} is {difference:.2g}, expected at most "
+                f"{bound:g}: the two sides do not compute the same"
+            )
+
+
+def _measure_scaling(
+    case: Case, devices: Sequence[int], rounds: int, report: Callable[[str], None]
+) -> Scaling:
+    """Steps on one and on more devices; on a CPU in a process that has as many."""
+    counts = sorted({1, *devices})
+    if jax.default_backend() == "cpu":
+        return _scaling_in_child(case, counts, rounds)
+    there = [count for count in counts if count <= jax.local_device_count()]
+    if there != counts:
+        report(f"{case.network}: only {jax.local_device_count()} devices here")
+    return _scaling_here(case, there, rounds)
+
+
+def _scaling_here(case: Case, counts: Sequence[int], rounds: int) -> Scaling:
+    batch = case.batch()
+    steps = {str(count): _Step(case, 1.0, batch, jax.local_devices()[:count]) for count in counts}
+    for step in steps.values():
+        step()
+    seconds = benchmark.measure(steps, rounds=rounds)
+    return Scaling(case, {int(count): values for count, values in seconds.items()})
+
+
+def _scaling_in_child(case: Case, counts: Sequence[int], rounds: int) -> Scaling:
+    request = {"case": dataclasses.asdict(case), "counts": list(counts), "rounds": rounds}
+    flags = f"--xla_force_host_platform_device_count={max(counts)}"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",  # of two the last one counts
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
+    done = subprocess.run(
+        [sys.executable, "-m", __spec__.name, json.dumps(request)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"{case.network}: the process of {max(counts)} devices failed: {last}")
+    seconds = json.loads(done.stdout.splitlines()[-1])
+    return Scaling(case, {int(count): tuple(values) for count, values in seconds.items()})
+
+
+def _answer(request: str) -> str:
+    """What the process of the fake devices is asked, and what it answers."""
+    asked = json.loads(request)
+    scaling = _scaling_here(Case(**asked["case"]), asked["counts"], asked["rounds"])
+    return json.dumps(scaling.seconds)
+
+
+@contextlib.contextmanager
+def _images(source: str | os.PathLike[str], seed: int) -> Iterator[Stimuli]:
+    """Images in a folder, as many as fit into memory; drawn ones are gone afterwards."""
+    if source != BUILTIN:
+        found = stimuli.read_image_folder(source)
+        count = min(len(found), _MOST_IMAGES)
+        yield found.select(np.arange(count) * len(found) // count)
+        return
+    with tempfile.TemporaryDirectory(prefix="benchmark_training_") as folder:
+        drawn, labels = builtin.builtin_training_images(_DRAWN_IMAGES, seed=seed)
+        for number, (image, label) in enumerate(zip(drawn, labels, strict=True)):
+            path = pathlib.Path(folder, builtin.BUILTIN_CATEGORIES[label], f"{number:04}.jpg")
+            path.parent.mkdir(exist_ok=True)
+            large = images.resize(image, (_DRAWN_SIZE, _DRAWN_SIZE))
+            Image.fromarray(large).save(path, quality=90)
+        yield stimuli.read_image_folder(folder)
+
+
+def _measure_input(case: Case, found: Stimuli, rounds: int) -> list[Input]:
+    augmentation = Augmentation(crop="random_resized", flip=True, size=case.image_size)
+    step = _Step(case, 1.0, case.batch(), jax.local_devices()[:1])
+    candidates: dict[str, Callable[[], object]] = {
+        "repeated": lambda: step.fit(itertools.repeat(step.batch), FED_STEPS)
+    }
+
+    def feed(stream: Iterator[Any]) -> None:
+        step.fit(stream, FED_STEPS)
+
+    def draw(stream: Iterator[Any]) -> None:
+        for _ in range(FED_STEPS):
+            next(stream)
+
+    for source, loaded in ((FOLDER, found), (MEMORY, stimuli.in_memory(found))):
+        for kind, use in (("alone", draw), ("fed", feed)):
+            batches = training.Batches(
+                loaded,
+                augmentation,
+                batch_size=case.batch_size,
+                epochs=_ENDLESS,
+                seed=case.seed,
+                strict=True,
+            )
+            candidates[f"{kind} {source}"] = functools.partial(use, _with_few_classes(batches))
+    each = {
+        name: tuple(value / FED_STEPS for value in seconds)
+        for name, seconds in benchmark.measure(candidates, rounds=rounds).items()
+    }
+    return [
+        Input(case, source, each[f"alone {source}"], each[f"fed {source}"], each["repeated"])
+        for source in (FOLDER, MEMORY)
+    ]
+
+
+def _with_few_classes(batches: training.Batches) -> Iterator[dict[str, Any]]:
+    """The batches as training gets them, with labels of the network's ten classes."""
+    for batch in training.iterate(batches):
+        yield batch | {"label": batch["label"] % CLASSES}
+
+
+if __name__ == "__main__":
+    print(_answer(sys.argv[1]))
