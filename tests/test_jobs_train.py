@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -171,6 +172,26 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     )
     assert int(state.step) == 2
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    config = short_config(checkpoint_every=1)
+    usage = shutil.disk_usage(tmp_path)
+    calls = []
+
+    def fills_up(path):
+        calls.append(path)
+        return usage._replace(free=10**6) if len(calls) > 2 else usage
+
+    monkeypatch.setattr(shutil, "disk_usage", fills_up)
+    with pytest.raises(OSError, match=r"No space left on device: 1\.0 MB, a checkpoint needs up to"):
+        train.run(config, tmp_path / "run", report=print)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    state, _ = checkpoints.restore(_state_like(from_config(config)))
+    checkpoints.close()
+    assert int(state.step) == 1
+    monkeypatch.undo()
+    assert train.run(config, tmp_path / "run", report=print)["sha256"]
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "log_every"])

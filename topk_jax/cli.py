@@ -101,17 +101,16 @@ class _UsageAsFlagError:
         if logging.get_verbosity() < logging.DEBUG:
             # JAX reports each backend that it tried and did not find.
             python_logging.getLogger("jax").setLevel(python_logging.WARNING)
-            # Orbax reports forty lines a checkpoint, through absl like ourselves.
-            logging.get_absl_handler().addFilter(_is_ours_or_grave)
+            # Orbax reports forty lines a checkpoint; what fails is raised too.
+            logging.get_absl_handler().addFilter(_is_not_orbax)
         try:
             return self._main(argv)
         except app.UsageError as error:
             raise flags.Error(str(error)) from error
 
 
-def _is_ours_or_grave(record: python_logging.LogRecord) -> bool:
-    ours = pathlib.Path(__file__).parent in pathlib.Path(record.pathname).parents
-    return ours or record.levelno >= python_logging.WARNING
+def _is_not_orbax(record: python_logging.LogRecord) -> bool:
+    return "orbax" not in pathlib.Path(record.pathname).parts
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

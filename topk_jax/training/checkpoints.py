@@ -4,8 +4,10 @@ A checkpoint is one folder, complete or absent: the state, and beside it what el
 on. Leaves are NumPy arrays, so that a run may go on with another number of devices or processes.
 """
 
+import errno
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -74,10 +76,19 @@ class Checkpoints:
         Raises:
             OSError: The last checkpoint could not be written.
         """
-        for manager in self._managers.values():
-            manager.wait_until_finished()
-            manager.close()
-        self._managers.clear()
+        try:
+            self._wait()
+        finally:
+            for manager in self._managers.values():
+                manager.close()
+            self._managers.clear()
+
+    def _wait(self) -> None:
+        for name, manager in self._managers.items():
+            try:
+                manager.wait_until_finished()
+            except (ValueError, RuntimeError) as error:  # whatever the disk said, in their words
+                raise OSError(f"{self._folder / name}: not written: {error}") from error
 
     def _manager(self, name: str) -> Any:
         import orbax.checkpoint as ocp
@@ -100,8 +111,8 @@ class Checkpoints:
 
         manager = self._manager(name)
         # One at a time: the barriers of two savings of several processes have the same name.
-        for other in self._managers.values():
-            other.wait_until_finished()
+        self._wait()
+        _check_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
         if step in manager.all_steps():
             return  # a run that was ended between two checkpoints comes to the same step again
         items = ocp.args.Composite(
@@ -137,6 +148,14 @@ def _plain(state: TrainState) -> dict[str, Any]:
     """The state as NumPy arrays by name, its key as bits."""
     tree = state._replace(key=jax.random.key_data(state.key))._asdict()
     return jax.tree.map(np.asarray, jax.device_get(tree))
+
+
+def _check_space(folder: pathlib.Path, size: int) -> None:
+    """Raises OSError where the disk is too full; halfway, orbax would print hundreds of lines."""
+    free, needed = shutil.disk_usage(folder).free, 2 * size + 2**20
+    if free < needed:
+        words = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:.1f} MB, a checkpoint needs"
+        raise OSError(errno.ENOSPC, f"{words} up to {needed / 1e6:.1f} MB", str(folder))
 
 
 def _check_fits(template: Any, metadata: Any, path: pathlib.Path) -> None:
