@@ -13,6 +13,7 @@ from topk_jax.metrics import (
     accuracy,
     compare,
     confusion,
+    rank_correlation,
     response_histogram,
     shape_bias,
     wilson_interval,
@@ -553,3 +554,19 @@ def test_top_k_against_the_plain_network(cue_conflict):
         result.n_only_first, result.n_only_first + result.n_only_second
     ).pvalue
     assert result.mcnemar_p == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_correlation_is_scipys(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(0, 8, 12), rng.normal(size=12)
+    expected = scipy.stats.spearmanr(a, b).statistic
+    assert rank_correlation(a, b) == pytest.approx(expected, abs=1e-12)
+
+
+def test_rank_correlation_of_what_has_no_ranks():
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(rank_correlation([1, math.nan], [1, 2]))
+    assert rank_correlation([3, 2, 1], [10, 20, 30]) == pytest.approx(-1)
+    with pytest.raises(ValueError, match="same length"):
+        rank_correlation([1, 2], [1, 2, 3])

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
 
 Interval = tuple[float, float]
 
@@ -255,6 +256,32 @@ def confusion(
     columns = [number[name] for name in trials.category.tolist()]
     np.add.at(counts, (rows, columns), 1)
     return counts
+
+
+def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
+    """Spearman's rank correlation; equal values share the mean of their ranks.
+
+    Args:
+        a: Numbers [n].
+        b: Numbers [n].
+
+    Returns:
+        From -1 to 1; NaN where all values of one side are equal, or one is NaN.
+
+    Raises:
+        ValueError: Different lengths, or fewer than two values.
+    """
+    ranks = []
+    for values in (np.asarray(a, np.float64), np.asarray(b, np.float64)):
+        if values.ndim != 1 or len(values) != np.size(a) or len(values) < 2:
+            raise ValueError("expected two lists of the same length, of at least two numbers")
+        if np.any(np.isnan(values)):
+            return float("nan")
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        rank = (np.cumsum(count) - (count - 1) / 2)[place]
+        ranks.append(rank - rank.mean())
+    x, y = ranks
+    return _ratio(float(x @ y), float(np.sqrt((x @ x) * (y @ y))))
 
 
 def wilson_interval(k: int, n: int, *, confidence: float = 0.95) -> Interval:

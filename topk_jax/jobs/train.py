@@ -56,9 +56,9 @@ def run(
         progress: `progress(iterable, total=, desc=, unit=, position=)` wraps the batches.
 
     Returns:
-        What the last validation measured (see `Validation.measure`), and `epochs`, `parameters`,
-        `skipped` (training images that could not be read), `best` (by set: value, epoch, step) and
-        `sha256` of the weights.
+        What the last validation measured (see `Validation.measure`), and `epochs`, `classes`,
+        `class_counts` (training images of each), `parameters`, `skipped` (training images that
+        could not be read), `best` (by set: value, epoch, step) and `sha256` of the weights.
 
     Raises:
         ValueError: A field of the config or an image folder is wrong, or `workdir` belongs to
@@ -133,7 +133,9 @@ class _Training:
             process=(jax.process_index(), jax.process_count()),
             strict=data.strict,
         )
+        self._classes = datasets.classes
         counts = np.bincount(self._batches.labels, minlength=len(datasets.classes))
+        self._class_counts: list[int] = counts.tolist()
         optimizer = make_optimizer(
             settings.optimizer,
             steps_per_epoch=self._batches.steps_per_epoch,
@@ -141,7 +143,7 @@ class _Training:
         )
         loss = losses.make_loss(
             settings.loss.name,
-            class_counts=counts.tolist(),
+            class_counts=self._class_counts,
             beta=settings.loss.beta,
             gamma=settings.loss.gamma,
             form=settings.loss.form,
@@ -241,6 +243,8 @@ class _Training:
         """What the last validation measured, and what else is said of a finished run."""
         return self._measured | {
             "epochs": self._settings.epochs,
+            "classes": list(self._classes),
+            "class_counts": self._class_counts,
             "parameters": self.parameters,
             "skipped": int(parallel.sum_over_processes(float(len(self._batches.skipped)))),
             "best": self._best,
