@@ -5,12 +5,13 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from topk_jax import figures, files, parallel, weights
 from topk_jax.jobs.provenance import versions
@@ -107,6 +108,41 @@ def _make_network(settings: Settings, classes: int) -> Network:
     return network.clone(axis_name=parallel.AXIS) if hasattr(network, "axis_name") else network
 
 
+def _make_step(
+    settings: Settings,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    class_counts: Sequence[int],
+) -> Callable[..., Any]:
+    loss = losses.make_loss(
+        settings.loss.name,
+        class_counts=class_counts,
+        beta=settings.loss.beta,
+        gamma=settings.loss.gamma,
+        form=settings.loss.form,
+        label_smoothing=settings.loss.label_smoothing,
+    )
+    return make_train_step(
+        network,
+        optimizer,
+        preprocessing=settings.data.preprocessing,
+        loss=loss,
+        microbatch=settings.microbatch or None,
+        precision=settings.precision,
+        ema_decay=settings.ema_decay,
+    )
+
+
+def _start_variables(settings: Settings, network: Network, key: jax.Array) -> dict[str, Any]:
+    if settings.weights:
+        return weights.load_variables(network, settings.weights)
+    variables = init_variables(network, key, image_size=settings.data.image_size)
+    if settings.loss.name == "class_balanced_focal" and settings.loss.form == "sigmoid":
+        params = losses.with_sigmoid_prior(variables["params"], network.output_module)
+        variables = variables | {"params": params}
+    return variables
+
+
 class _Training:
     """The run itself: what is compiled, where it stands, and what was measured last."""
 
@@ -141,24 +177,7 @@ class _Training:
             steps_per_epoch=self._batches.steps_per_epoch,
             epochs=settings.epochs,
         )
-        loss = losses.make_loss(
-            settings.loss.name,
-            class_counts=self._class_counts,
-            beta=settings.loss.beta,
-            gamma=settings.loss.gamma,
-            form=settings.loss.form,
-            label_smoothing=settings.loss.label_smoothing,
-        )
-        step = make_train_step(
-            network,
-            optimizer,
-            preprocessing=data.preprocessing,
-            loss=loss,
-            microbatch=settings.microbatch or None,
-            precision=settings.precision,
-            ema_decay=settings.ema_decay,
-        )
-        self._step = parallel.map_step(step)
+        self._step = parallel.map_step(_make_step(settings, network, optimizer, self._class_counts))
         self._validation = Validation(
             network,
             datasets.validation,
@@ -170,13 +189,7 @@ class _Training:
             strict=data.strict,
         )
         init_key, noise_key = jax.random.split(jax.random.key(settings.seed))
-        if settings.weights:
-            variables = weights.load_variables(network, settings.weights)
-        else:
-            variables = init_variables(network, init_key, image_size=data.image_size)
-            if settings.loss.name == "class_balanced_focal" and settings.loss.form == "sigmoid":
-                params = losses.with_sigmoid_prior(variables["params"], network.output_module)
-                variables = variables | {"params": params}
+        variables = _start_variables(settings, network, init_key)
         self.parameters = weights.count_parameters(variables)
         state = create_state(variables, optimizer, noise_key, ema=settings.ema_decay > 0)
         self._totals: dict[str, float] = dict.fromkeys(("loss", "correct", "count"), 0.0)
