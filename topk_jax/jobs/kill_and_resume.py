@@ -1,5 +1,6 @@
 """Kills training runs at random moments and looks whether they go on as if nothing had happened."""
 
+import contextlib
 import pathlib
 import random
 import subprocess
@@ -89,12 +90,13 @@ def _kill(
     command: Sequence[str], workdir: pathlib.Path, delay: float, while_saving: bool
 ) -> str | None:
     """Starts the run and kills it; returns what it was doing, None if it came to its end."""
+    started = time.time()
     process = _start(command, workdir)
     begun = time.monotonic()
     what = "at a random moment"
     while process.poll() is None:
         late = time.monotonic() - begun >= delay
-        half = late and any((workdir / CHECKPOINTS).glob("*/*tmp*"))
+        half = late and _is_saving(workdir, started)
         if half or (late and not while_saving):
             process.kill()
             what = "while a checkpoint was being saved" if half else what
@@ -108,6 +110,15 @@ def _kill(
         return None
     records = read_records(workdir)
     return f"{what}, after step {records[-1]['step'] if records else 0}"
+
+
+def _is_saving(workdir: pathlib.Path, since: float) -> bool:
+    """Says whether half a checkpoint is there that is younger than `since`."""
+    for path in (workdir / CHECKPOINTS).glob("*/*tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # complete by now
+            if path.stat().st_ctime >= since:
+                return True
+    return False
 
 
 def _numbers(workdir: pathlib.Path) -> tuple[list[dict[str, Any]], str]:
