@@ -7,8 +7,8 @@ r"""Measures speed, side by side with PyTorch where it is installed.
     python scripts/benchmark.py training --input=imagenette96/train
 
 inference: images a second of whole networks, plain and with Top-K. topk: the activation alone.
-synthesis: an evaluation of the texture loss and, with --evaluations, whole searches. training: steps
-of ResNets, plain and with Top-K after stage 2, their memory, more devices, and the input.
+synthesis: an evaluation of the texture loss and, with --evaluations, whole searches.
+training: steps of ResNets, plain and with Top-K after stage 2; memory, more devices, the input.
 Leave the machine alone meanwhile. `taskset -c 0,1 python ...` limits both sides to two cores.
 """
 

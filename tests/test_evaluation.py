@@ -142,8 +142,7 @@ def evaluate_builtin(predict, *, devices=None, count):
 
 
 def test_the_same_decisions_on_1_and_on_8_devices():
-    # Two sites compile faster than five.
-    predict = builtin_predict({"pool1": 0.2, "pool4": 0.2})
+    predict = builtin_predict({"pool4": 0.2})  # one site compiles faster than five
     one, eight = (
         evaluate_builtin(predict, devices=jax.local_devices()[:n], count=160) for n in (1, 8)
     )
@@ -155,7 +154,9 @@ def faulty_layer(x: jax.Array, fraction: float) -> jax.Array:
     n, h, w, c = x.shape
     rows = x.reshape(n, h * w, c)
     order = jax.numpy.argsort(jax.numpy.abs(rows), axis=1)
-    rank = jax.numpy.argsort(order, axis=1)
+    rank = jax.numpy.put_along_axis(
+        order, order, jax.numpy.arange(h * w)[:, None], axis=1, inplace=False
+    )
     position = order[:, h * w - kept_count(fraction, (h, w)), :][:, None]
     return jax.numpy.where(rank < position, rows, 0.0).reshape(x.shape)
 
@@ -173,7 +174,7 @@ def test_faulty_layer_is_the_published_one():
 
 def test_networks_at_chance_are_flagged():
     """The faulty layer at every pool, and shuffled answers; the plain network is not."""
-    plain = evaluate_builtin(builtin_predict(), count=640)
+    plain = evaluate_builtin(builtin_predict(), count=320)
     assert not metrics.shape_bias(plain, bootstrap=0).at_chance
 
     def faulty(variables, images):
@@ -200,7 +201,7 @@ def test_networks_at_chance_are_flagged():
         assert len(network.convolutions) == 5
         return x
 
-    broken = metrics.shape_bias(evaluate_builtin(faulty, count=640), bootstrap=0)
+    broken = metrics.shape_bias(evaluate_builtin(faulty, count=320), bootstrap=0)
     assert broken.at_chance
     assert any("chance" in warning for warning in broken.warnings)
 

@@ -239,5 +239,12 @@ def test_the_first_word_names_the_benchmark():
     done = script("inferense")
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        "error: flag --benchmark=inferense: value should be one of <inference|topk|synthesis>"
+        "error: flag --benchmark=inferense: value should be one of "
+        "<inference|topk|synthesis|training>"
     )
+
+
+def test_flags_of_training():
+    done = script("training", "--devices=1,3", "--networks=resnet20", "--batch_size=8")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: a batch of 8 cannot be shared evenly by 3 devices")

@@ -198,7 +198,7 @@ def test_one_image_a_device_gives_the_same_files(done, pictures, tmp_path):
             used.update(state.x.devices() | state.memory.params.devices())
             yield state
 
-    devices = jax.devices()[1:3]
+    devices = jax.devices()[:2]  # the programs of the first are there
     again, _ = run(tmp_path, pictures, modes=("all",), devices=devices, progress=watching)
     assert used == set(devices)
     assert images_of(tmp_path).items() <= images_of(folder).items()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from topk_jax import kernels
 from topk_jax.kernels import xla
-from topk_jax.topk import TopK, kept_count, topk_activation, topk_mask
+from topk_jax.topk import TopK, _topk, kept_count, topk_activation, topk_mask
 
 A = np.array([[3, -5, 1], [0, 2, -4], [0.5, -0.25, 6]], np.float32)
 B = np.array(
@@ -102,8 +102,7 @@ def test_k_is_the_truncated_product_from_left_to_right(side, fraction, k):
     assert kept_count(fraction, (side, side)) == k
 
 
-# Each combination is three compiled programs, the mask and two activations; shapes drawn freely
-# would compile for every example.
+# Shapes drawn freely would compile for every example.
 CASES = [
     ((2, 5, 7, 3), jnp.float32, "magnitude"),
     ((1, 33, 31, 9), jnp.float32, "value"),
@@ -145,6 +144,15 @@ def draw(rng: np.random.Generator, kind: str, shape) -> np.ndarray:
     return values[kind].astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def mask_top_and_rest(x, k, rank_by):
+    """What `topk_mask` and `topk_activation` call, in one program, which compiles faster."""
+    return tuple(
+        _topk(x, k, (1, 2), rank_by, keep, result, "xla")
+        for keep, result in (("top", "mask"), ("top", "activation"), ("rest", "activation"))
+    )
+
+
 @pytest.mark.parametrize(("shape", "dtype", "rank_by"), CASES)
 @settings(max_examples=40, deadline=None)
 @given(
@@ -159,12 +167,11 @@ def test_mask_equals_a_loop_over_stable_sorts(shape, dtype, rank_by, seed, kind,
         x = draw(np.random.default_rng(seed), kind, shape).astype(dtype)
     k = kept_count(fraction, shape[1:3])
     expected = stable_topk_mask(x.astype(np.float32), k, rank_by)
-    mask = np.asarray(topk_mask(x, fraction, rank_by=rank_by))
+    mask, top, rest = map(np.asarray, mask_top_and_rest(x, np.int32(k), rank_by))
     np.testing.assert_array_equal(mask, expected)
     bits = np.dtype(f"uint{8 * x.dtype.itemsize}")
     # Bit for bit in exactly one of the two, and +0 in the other.
-    for keep, kept in (("top", mask), ("rest", ~mask)):
-        found = np.asarray(topk_activation(x, fraction, rank_by=rank_by, keep=keep))
+    for found, kept in ((top, mask), (rest, ~mask)):
         np.testing.assert_array_equal(found.view(bits), np.where(kept, x.view(bits), 0))
 
 
@@ -210,8 +217,9 @@ def test_fraction_one_is_the_identity_bit_for_bit():
 
 
 def test_transformations():
-    x = jnp.asarray(np.random.default_rng(3).normal(size=(8, 6, 6, 2)).astype(np.float32))
-    expected = topk_activation(x, 0.2)
+    x = np.random.default_rng(3).normal(size=(8, 6, 6, 2)).astype(np.float32)
+    expected = np.where(stable_topk_mask(x, kept_count(0.2, (6, 6)), "magnitude"), x, 0)
+    x = jnp.asarray(x)
 
     def layer(x):
         return topk_activation(x, 0.2)

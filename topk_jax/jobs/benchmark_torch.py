@@ -218,8 +218,9 @@ def site_modules(
     packages: Torch, name: str, module: Any, sites: Sequence[str] | None = None
 ) -> list[Any]:
     """The modules behind which the sites of a network lie, the published ones by default."""
-    sites = create_network(name).published_sites if sites is None else sites
-    if name.startswith("resnet"):
+    ours = create_network(name)
+    sites = ours.published_sites if sites is None else sites
+    if isinstance(ours, ResNet):
         return [getattr(module, site) for site in sites]
     kinds = packages.torch.nn
     relus = [each for each in module.features if isinstance(each, kinds.ReLU)]
