@@ -128,7 +128,8 @@ def test_a_rerun_takes_what_is_there(pictures, weights, tmp_path, monkeypatch):
 def test_without_a_folder_nothing_is_written(pictures, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    summary, _ = quietly("", data=pictures, model="squeezenet1_1", weights=weights)
+    run = {"data": pictures, "model": "squeezenet1_1", "weights": weights, "batch_size": 4}
+    summary, _ = quietly("", **run)
     assert summary["subjects"][0]["n_images"] == 6
     assert sorted(tmp_path.rglob("*")) == before
 

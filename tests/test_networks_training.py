@@ -232,7 +232,7 @@ def test_half_precision(name, train):
 
 
 @pytest.mark.parametrize(
-    ("name", "topk"), [("alexnet", None), ("squeezenet1_1", None), ("builtin", 0.1)]
+    ("name", "topk"), [("alexnet", None), ("squeezenet1_1", None), ("builtin", {"pool1": 0.1})]
 )
 def test_networks_without_normalisation_keep_half_precision(name, topk):
     network = create_network(name, topk=topk)

@@ -102,8 +102,7 @@ def test_axes_against_a_loop(name):
 
 def test_random_keeps_exactly_k_uniformly_and_independently():
     x = np.zeros(SHAPE, np.float32)
-    draw = jax.jit(lambda key: random_mask(key, x, FRACTION))
-    masks = np.stack([draw(jax.random.key(i)) for i in range(60)])
+    masks = np.stack([random_mask(jax.random.key(i), x, FRACTION) for i in range(60)])
     assert (masks.sum(axis=(2, 3)) == K).all()
     # Each position is kept in a quarter of the rows of all draws, within five standard deviations.
     spread = np.sqrt(FRACTION * (1 - FRACTION))
@@ -267,18 +266,32 @@ def mapped():
     return arguments, jax.tree.map(lambda leaf: np.asarray(leaf)[:, 0, 0], results)
 
 
+@pytest.fixture(scope="module")
+def directly(mapped):
+    """The same by grad alone: of all images at once, and of two where they have their own keys."""
+    (x, weights, keys), _ = mapped
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(random, x, weights, key):
+        return {
+            name: jax.grad(functools.partial(total, name), has_aux=True)(x, weights, key)
+            for name in VARIANTS
+            if ("random" in name) == random
+        }
+
+    alone = [gradients(True, x[i : i + 1], weights[i : i + 1], keys[i]) for i in (0, 5)]
+    return gradients(False, x, weights, keys[0]) | jax.tree.map(
+        lambda *leaves: np.concatenate(leaves), *alone
+    )
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_transformations(name, mapped):
-    (x, weights, keys), results = mapped
-    gradient = jax.jit(jax.grad(functools.partial(total, name), has_aux=True))
-    dx, y = results[name]
+def test_transformations(name, mapped, directly):
+    dx, y = mapped[1][name]
+    expected_dx, expected = directly[name]
     if "random" in name:
         # Each image has a key of its own, so its positions do not depend on the batch.
-        alone = [gradient(x[i : i + 1], weights[i : i + 1], keys[i]) for i in (0, 5)]
-        expected_dx, expected = jax.tree.map(lambda *leaves: np.concatenate(leaves), *alone)
         dx, y = dx[[0, 5]], y[[0, 5]]
-    else:
-        expected_dx, expected = gradient(x, weights, keys[0])
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dx, expected_dx, rtol=1e-4, atol=1e-5)
 

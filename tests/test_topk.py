@@ -255,10 +255,9 @@ def test_transformations():
 
 
 def test_one_program_serves_every_fraction_of_a_shape():
-    x = jnp.ones((1, 5, 5, 11))
-    topk_mask(x, 0.5)
+    topk_activation(A, 0.5, axes=BOTH)
     with NoCompilation():
-        topk_mask(x, 0.3)
+        topk_activation(A, 0.3, axes=BOTH)
 
 
 class NoCompilation:
@@ -345,11 +344,11 @@ def test_positions_may_be_permuted_and_a_second_time_changes_nothing(seed):
 
 
 def test_module_is_the_function():
-    x = np.random.default_rng(4).normal(size=(1, 4, 4, 3)).astype(np.float32)
-    module = TopK(0.25, keep="rest", rank_by="value")
-    chex.assert_trees_all_equal(
-        module.apply({}, x), topk_activation(x, 0.25, keep="rest", rank_by="value")
-    )
+    for options in ({"keep": "rest"}, {"rank_by": "value"}):
+        module = TopK(0.4, axes=BOTH, **options)
+        chex.assert_trees_all_equal(
+            module.apply({}, A), topk_activation(A, 0.4, axes=BOTH, **options)
+        )
 
 
 @pytest.mark.parametrize("fraction", [0, -1, 1.5, float("nan")])
