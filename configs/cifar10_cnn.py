@@ -5,8 +5,8 @@ What: the custom network of a course's first part (widths unpublished, .8162 rep
 Command: python scripts/train.py --config=configs/cifar10_cnn.py --workdir=runs/cifar10_cnn \
         --config.data.path=cifar10_train.zip --config.data.validation=cifar10_test.zip:test
     Any CIFAR-10 in class folders will do: --config.data.source=folder --config.data.path=cifar10.
-Cost: see docs/results.md.
-Measured: see docs/results.md.
+Cost: 500,000 images of 32 x 32; not timed.
+Measured: not run to its end.
 """
 
 import ml_collections

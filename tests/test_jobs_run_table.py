@@ -33,7 +33,7 @@ def test_seeds_are_pooled_and_what_differs_is_named(runs):
     assert [group["settings"] for group in groups] == [{"topk": ""}, {"topk": "2_20"}]
     assert [group["seeds"] for group in groups] == [[0, 1], [0]]
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]] == [
-        ["topk none", "2", "0.600 (0.500-0.700)", "0.375 (0.350-0.400) / 0.65"],
+        ["none of these", "2", "0.600 (0.500-0.700)", "0.375 (0.350-0.400) / 0.65"],
         ["topk 2_20", "1", "0.800", "0.800 / 1.00"],
     ]
 
@@ -45,7 +45,7 @@ def test_classes_and_their_ranks(runs, tmp_path):
     assert cells[0] == ["runs", "ant", "bee", "rank agreement"]
     assert cells[2:] == [
         ["training images", "100", "10", ""],
-        ["topk none", "0.375", "0.375", "0.00"],
+        ["none of these", "0.375", "0.375", "0.00"],
         ["topk 2_20", "0.500", "0.250", "1.00"],
     ]
     assert (tmp_path / "table.md").read_text().splitlines() == lines

@@ -159,7 +159,7 @@ def _xla_jvp(stride: int, padding: int, primals: Any, tangents: Any) -> tuple[Ar
     """The derivative, with the part of the kernel a few images at a time on a CPU.
 
     Transposed, that part is the gradient of the kernel: a sum over slices, which XLA:CPU computes
-    two to four times faster than the whole.
+    faster than the whole, most so where maps are large and channels few.
     """
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
     y = _plain(x, kernel, stride, padding)

@@ -98,11 +98,15 @@ def _grouped(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _label(group: Mapping[str, Any]) -> str:
+    """What distinguishes the group, without the settings that it leaves empty."""
+    if not group["settings"]:
+        return "all"
     shown = (
-        f"{name.rpartition('.')[2]} {'none' if value in (None, '', {}) else value}"
+        f"{name} {value}"
         for name, value in group["settings"].items()
+        if value not in (None, "", {}, [])
     )
-    return ", ".join(shown) or "all"
+    return ", ".join(shown) or "none of these"
 
 
 def _accuracy_table(groups: Sequence[Mapping[str, Any]]) -> list[str]:
