@@ -64,10 +64,7 @@ def main(_) -> None:
         )
     names = "weights.safetensors, training.png and .pdf, metrics.jsonl, summary.json, checkpoints/"
     report(f"written to {FLAGS.workdir}: {names}")
-    report(
-        f"next: python scripts/shape_bias.py --model={config.network} "
-        f"--weights={FLAGS.workdir}/weights.safetensors --sparsity=0.1"
-    )
+    report(f"next: python scripts/run_table.py --runs={FLAGS.workdir},<other runs>")
 
 
 if __name__ == "__main__":
