@@ -274,7 +274,10 @@ def script(*flags, devices=1, **options):
         (["--config=configs/nope.py"], "error: --config=configs/nope.py: no such file"),
         (["--config=configs/builtin.py", "--config.epoch=3"], "epochs"),
         (["--config=configs/builtin.py", "--config.epochs=0"], "config.epochs is 0"),
-        (["--config=configs/imagenette_topk.py:fast"], "recipe 'fast'"),
+        (
+            ["--config=configs/imagenette_topk.py:fast"],
+            "error: flag --config=configs/imagenette_topk.py:fast: recipe 'fast': expected code or",
+        ),
     ],
 )
 def test_the_script_reports_bad_flags_in_one_line(tmp_path, flags, message):

@@ -120,6 +120,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(0)  # help was asked for and given; absl would exit 1
     except _BAD_FLAG as error:
         message = _message(error)
+        head, config, trace = str(error).partition("Error whilst parsing config file")
+        if config:  # ml_collections puts the whole traceback of the file into its message
+            message = head + trace.strip().splitlines()[-1].partition(": ")[2]
         if isinstance(error, flags.UnrecognizedFlagError):
             message = f"{message.removesuffix(' ?')}; --help lists the flags"
         elif not isinstance(error, flags.Error):
