@@ -5,7 +5,7 @@ float32 (float64 for float64 logits). The caller sums them, leaves out rows that
 divides by the number of examples, as Cui et al. do; PyTorch's weighted cross-entropy divides by the
 sum of the weights instead, which is another learning rate.
 
-Everything is a function of the margin m = log sum_{c != y} exp(z_c) - z_y: the cross-entropy is
+The focal loss is a function of the margin m = log sum_{c != y} exp(z_c) - z_y: its cross-entropy is
 softplus(m), and 1 - p is sigmoid(m). Neither loses digits, nor a derivative, where p rounds to 1;
 written with p, the derivative of (1 - p)^gamma is NaN there for gamma < 1.
 """
